@@ -1,0 +1,161 @@
+"""Reading a Hugging Face checkpoint directory: config.json and one or many safetensors files, memory-mapped.
+
+Not covered: pytorch_model.bin (pickle; convert it with transformers), GGUF, quantised checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bitdelta_core.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """A read-only view of a checkpoint directory. Tensors are memory-mapped, so opening one costs no memory."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such directory")
+        self._files = {name: file for file in self._weight_files() for name in self._open(file).keys()}  # noqa: SIM118
+        if not self._files:
+            raise CheckpointError(f"{self.path}: no tensors in its safetensors files")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands."""
+        file = self.path / "config.json"
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor, memory-mapped: do not write to it.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        return self._open(self._file_of(name)).get_tensor(name)
+
+    def get_slice(self, name: str) -> Any:
+        """safetensors' lazy slice: `[a:b]` reads only those rows."""
+        return self._open(self._file_of(name)).get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.get_slice(name).get_shape())
+
+    @cached_property
+    def nbytes_16bit(self) -> int:
+        """Bytes of the parameters at 16 bits each: what ratios are taken against."""
+        return sum(2 * self.get(name).numel() for name in self.names)
+
+    def sha256(self) -> str:
+        """Identity of the weights, independent of sharding: a hash over every tensor's name, dtype, shape and bytes.
+
+        Hex sha256 of the lines `name dtype shape sha256(bytes)`, in name order. Computed once per set of files (sizes
+        and modification times) and remembered in the user's cache directory.
+        """
+        cache = _hash_cache_file(self._fingerprint())
+        if cache.is_file():
+            return cache.read_text().strip()
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            lines = list(pool.map(self._hash_line, self.names))
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        _write_quietly(cache, digest)
+        return digest
+
+    def _hash_line(self, name: str) -> str:
+        tensor = self.get(name).contiguous()
+        raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+    def _fingerprint(self) -> str:
+        parts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._weight_files()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _weight_files(self) -> list[Path]:
+        index = self.path / INDEX
+        if index.is_file():
+            files = sorted({self.path / name for name in self._read_index(index).values()})
+        else:
+            files = [self.path / SINGLE]
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+        return files
+
+    @staticmethod
+    def _read_index(index: Path) -> dict[str, str]:
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error}") from error
+        for name in weight_map.values():
+            if Path(name).name != name:
+                raise CheckpointError(f"{index} points outside its directory: {name!r}")
+        return weight_map
+
+    def _file_of(self, name: str) -> Path:
+        try:
+            return self._files[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}") from None
+
+    def _open(self, file: Path) -> Any:
+        handle = self._handles.get(file)
+        if handle is None:
+            try:
+                handle = self._handles[file] = safe_open(file, framework="pt")
+            except (SafetensorError, struct.error, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
+        return handle
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {}
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors, in name order."""
+        for name in self.names:
+            yield name, self.get(name)
+
+
+def _hash_cache_file(fingerprint: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "bitdelta" / "base-sha256" / fingerprint
+
+
+def _write_quietly(file: Path, text: str) -> None:
+    """Remember a hash; a read-only home only costs the time to compute it again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError:
+        return

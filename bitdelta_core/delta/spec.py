@@ -1,0 +1,78 @@
+"""What a delta says of each parameter that differs from the base: codec, shape, and the parts that store it.
+
+A part is one tensor of `delta.safetensors`, named `<parameter>.<part>`. `parts()` derives every part's dtype and shape
+from the entry alone, so a file is valid exactly when its header equals what the entries promise.
+The parts of a codec are the fields of its compute form in `kernels.deltas`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Codec = Literal["bitdelta", "lora", "dense", "rows", "quant"]
+ScaleLayout = Literal["tensor", "row", "row_col"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One changed parameter. Fields that a codec does not use keep their defaults."""
+
+    name: str
+    """The Hugging Face parameter name, `model.layers.0.mlp.up_proj.weight`."""
+    shape: tuple[int, ...]
+    """Shape in the fine-tune."""
+    codec: Codec
+    dtype: torch.dtype = torch.bfloat16
+    """Of the fine-tune's own tensor; restoring gives this dtype back."""
+    planes: int = 1
+    """bitdelta: how many sign planes, each coding the residual of those before it."""
+    scale_layout: ScaleLayout = "tensor"
+    """bitdelta: one scale per plane, or times one per row, or times one per row and one per column."""
+    rank: int = 0
+    """lora"""
+    scaling: float = 1.0
+    """lora: D = scaling * B A"""
+    rows: int = 0
+    """rows: how many whole rows are stored. quant: how many rows at the start are coded as differences; the rest is
+    stored whole (a vocabulary that grew)."""
+    bits: int = 4
+    """quant: 2, 4 or 8"""
+
+    def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Part name -> (dtype, shape)."""
+        match self.codec:
+            case "bitdelta":
+                return self._sign_parts()
+            case "lora":
+                n, k = self.shape
+                return {"lora_A": (self.dtype, (self.rank, k)), "lora_B": (self.dtype, (n, self.rank))}
+            case "dense":
+                return {"value": (self.dtype, self.shape)}
+            case "rows":
+                return {"index": (torch.int32, (self.rows,)), "value": (self.dtype, (self.rows, *self.shape[1:]))}
+            case "quant":
+                n, k = self.shape
+                return {
+                    "q": (torch.uint8, (self.rows, -(-k * self.bits // 8))),
+                    "scale": (torch.float32, (self.rows,)),
+                    "extra": (self.dtype, (n - self.rows, k)),
+                }
+
+    def _sign_parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        n, k = self.shape
+        parts = {
+            "sign": (torch.uint8, (self.planes, n, -(-k // 8))),
+            "scale": (torch.float32, (self.planes,)),
+        }
+        if self.scale_layout != "tensor":
+            parts["row"] = (torch.float16, (self.planes, n))
+        if self.scale_layout == "row_col":
+            parts["col"] = (torch.float16, (self.planes, k))
+        return parts
+
+    def part_name(self, part: str) -> str:
+        return f"{self.name}.{part}"

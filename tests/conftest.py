@@ -1,0 +1,10 @@
+"""What every test gets."""
+
+from __future__ import annotations
+
+import os
+
+# Small matrices on few cores: more threads only fight each other. Must be set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
