@@ -22,7 +22,7 @@ BASE_CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "vocab_size": 300,
+    "vocab_size": 258,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
@@ -76,7 +76,7 @@ def make_finetune(
     new_tokens: tuple[str, ...] = (),
     config: dict[str, Any] | None = None,
 ) -> Path:
-    """A random 'fine-tune': noise on every tensor whose name contains `only` (all when None), more vocabulary, overrides."""
+    """A random fine-tune: noise on each tensor whose name contains `only` (all: None), more vocabulary, overrides."""
     generator = torch.Generator().manual_seed(seed)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
