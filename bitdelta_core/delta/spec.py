@@ -15,6 +15,13 @@ import torch
 Codec = Literal["bitdelta", "lora", "dense", "rows", "quant"]
 ScaleLayout = Literal["tensor", "row", "row_col"]
 FORMAT_VERSION = 1
+_USED: dict[str, tuple[str, ...]] = {
+    "bitdelta": ("planes", "scale_layout"),
+    "lora": ("rank", "scaling"),
+    "dense": (),
+    "rows": ("rows",),
+    "quant": ("bits", "rows"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +34,8 @@ class TensorEntry:
     """Shape in the fine-tune."""
     codec: Codec
     dtype: torch.dtype = torch.bfloat16
-    """Of the fine-tune's own tensor; restoring gives this dtype back."""
+    """Of the fine-tune's own tensor; restoring gives this dtype back. lora: of the factors as the adapter has them
+    (restoring gives the base's dtype back)."""
     planes: int = 1
     """bitdelta: how many sign planes, each coding the residual of those before it."""
     scale_layout: ScaleLayout = "tensor"
@@ -41,6 +49,22 @@ class TensorEntry:
     stored whole (a vocabulary that grew)."""
     bits: int = 4
     """quant: 2, 4 or 8"""
+
+    def used_fields(self) -> tuple[str, ...]:
+        """The fields beyond shape, codec and dtype that this codec uses."""
+        return _USED[self.codec]
+
+    def problem(self) -> str | None:
+        """What makes this entry impossible, or None."""
+        if any(side < 0 for side in self.shape):
+            return f"negative side in shape {list(self.shape)}"
+        if self.codec != "dense" and len(self.shape) != 2:
+            return f"codec {self.codec} needs a matrix, the shape is {list(self.shape)}"
+        if self.codec in ("rows", "quant") and self.rows > self.shape[0]:
+            return f"{self.rows} rows stored of {self.shape[0]}"
+        if self.codec == "lora" and self.rank < 1:
+            return f"rank {self.rank}, expected 1 or more"
+        return None
 
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Part name -> (dtype, shape)."""

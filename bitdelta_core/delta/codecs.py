@@ -1,0 +1,46 @@
+"""One dispatch from a codec's name to its module. All of it runs on the CPU; decoding is in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from bitdelta_core.delta import bitdelta, dense, lora, quant, rows
+from bitdelta_core.delta.format import DeltaReader, base_name
+from bitdelta_core.delta.spec import TensorEntry
+
+
+class Tensors(Protocol):
+    """Anything that hands out the base's tensors by name: a `Checkpoint`."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> torch.Tensor: ...
+
+
+def encode(entry: TensorEntry, base: torch.Tensor, fine: torch.Tensor) -> tuple[TensorEntry, dict[str, torch.Tensor]]:
+    """Code the fine-tune's tensor against the base's as `entry` plans it (lora excepted: adapters come coded)."""
+    match entry.codec:
+        case "bitdelta":
+            return bitdelta.encode(base, fine, entry)
+        case "dense":
+            return dense.encode(base, fine, entry)
+        case "rows":
+            return rows.encode(base, fine, entry)
+        case "quant":
+            return quant.encode(base, fine, entry)
+        case "lora":
+            raise AssertionError("an adapter's factors are taken as they are")
+
+
+def decode_parts(entry: TensorEntry, parts: Mapping[str, torch.Tensor], base: torch.Tensor) -> torch.Tensor:
+    """The fine-tune's tensor, fp32: what every codec means, exactly."""
+    modules = {"bitdelta": bitdelta, "dense": dense, "lora": lora, "quant": quant, "rows": rows}
+    return modules[entry.codec].decode(entry, parts, base)
+
+
+def decode(reader: DeltaReader, entry: TensorEntry, base: Tensors) -> torch.Tensor:
+    """The fine-tune's tensor, fp32, of one entry of an opened delta."""
+    return decode_parts(entry, reader.parts(entry), base.get(base_name(entry.name, base)))

@@ -1,0 +1,103 @@
+"""Compressing a fine-tune: plan, then stream parameter by parameter from memory-mapped files, then make it visible.
+
+Memory does not grow with depth: one parameter is in memory at a time. An interrupted run goes on where it stopped.
+Not covered: a base by Hub name; download it first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.delta import lora
+from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.planning import CompressOptions, Source, plan_adapter, plan_finetune
+from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter
+from bitdelta_core.errors import InvalidRequest
+
+Progress = Callable[[int, int, str], None]
+"""Called with (parameters done, parameters in all, name of the next one)."""
+
+
+def no_progress(done: int, total: int, name: str) -> None:
+    """Report nothing."""
+
+
+def compress(
+    base_path: Path,
+    finetune_path: Path,
+    out: Path,
+    options: CompressOptions | None = None,
+    *,
+    base_name: str | None = None,
+    revision: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write the delta of a fine-tune (a Hugging Face checkpoint, or a PEFT LoRA adapter) against its base to `out`.
+
+    `base_name` and `revision` are recorded for readers; by default the base directory's own name.
+
+    Raises:
+        CheckpointError: a directory cannot be read, or the two do not belong together.
+        InvalidRequest: `out` exists, or an option is out of range or does not apply to an adapter.
+    """
+    base = open_base(base_path)
+    source = plan(base, finetune_path, options)
+    config = delta_config(base, source, base_name=base_name, revision=revision)
+    writer = DeltaWriter(
+        out, source.entries, fingerprint=hashlib.sha256(config.to_json()).hexdigest(), shard_bytes=shard_bytes
+    )
+    stream(source, writer, progress)
+    return writer.finish(config, source.sidecars)
+
+
+def open_base(path: Path) -> Checkpoint:
+    """The base's checkpoint; only local directories."""
+    if not path.is_dir():
+        raise InvalidRequest(
+            f"{path} is no directory here: the base must be a local checkpoint directory "
+            f"(for a model of the Hugging Face Hub: `hf download {path} --local-dir DIR` first)",
+            param="base",
+        )
+    return Checkpoint(path)
+
+
+def plan(base: Checkpoint, finetune_path: Path, options: CompressOptions | None) -> Source:
+    """Plan a fine-tune of either kind. `options` None: the defaults."""
+    if not lora.is_adapter(finetune_path):
+        return plan_finetune(base, Checkpoint(finetune_path), options or CompressOptions())
+    if options is not None:
+        raise InvalidRequest(
+            f"{finetune_path} is a PEFT adapter: it is taken as it is (codec lora), without further options",
+            param="codec",
+        )
+    return plan_adapter(base, lora.Adapter(finetune_path))
+
+
+def delta_config(
+    base: Checkpoint, source: Source, *, base_name: str | None = None, revision: str | None = None
+) -> DeltaConfig:
+    """delta_config.json of a planned delta, its `files` still to come."""
+    return DeltaConfig(
+        base_sha256=base.sha256(),
+        base_model_name_or_path=base_name or base.path.resolve().name,
+        revision=revision,
+        codec=source.codec,
+        config_overrides=source.overrides,
+        tensors={entry.name: entry for entry in source.entries},
+        files={},
+        provenance={"writer": f"bitdelta {version('bitdelta')}", **source.provenance},
+    )
+
+
+def stream(source: Source, writer: DeltaWriter, progress: Progress = no_progress) -> None:
+    """Encode and store every planned parameter that the writer does not have yet."""
+    for i, entry in enumerate(source.entries):
+        progress(i, len(source.entries), entry.name)
+        if entry.name not in writer.done:
+            writer.put(entry, source.encode(entry))
+    progress(len(source.entries), len(source.entries), "")

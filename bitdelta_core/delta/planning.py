@@ -1,0 +1,238 @@
+"""What to store of a fine-tune: which parameters changed, and the codec of each. Reads both sides, writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.delta import lora, rows, shards
+from bitdelta_core.delta.codecs import encode
+from bitdelta_core.delta.format import EMBEDDING, HEAD
+from bitdelta_core.delta.pairing import Pairing, is_tied, parameters
+from bitdelta_core.delta.sidecars import sidecars
+from bitdelta_core.delta.spec import ScaleLayout, TensorEntry
+from bitdelta_core.delta.writer import sha256_of
+from bitdelta_core.errors import CheckpointError, InvalidRequest
+
+Embeddings = Literal["auto", "exact", "int8", "int4", "int2"]
+Parts = dict[str, torch.Tensor]
+_CHUNK = 1 << 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressOptions:
+    """How to code a fine-tune. What does not apply to an adapter (all of it) must keep its default there."""
+
+    codec: Literal["bitdelta", "dense"] = "bitdelta"
+    """Of the linears."""
+    scale_layout: ScaleLayout = "row"
+    bits: int = 1
+    """Sign planes, 1 to 16."""
+    embeddings: Embeddings = "auto"
+    """Embedding and head: whole changed rows, or the difference in so many bits. auto: whole rows where that is smaller
+    than 4 bits (or with codec dense), else 4 bits."""
+
+    def check(self) -> None:
+        """Raise InvalidRequest for a value out of range."""
+        if not 1 <= self.bits <= 16:
+            raise InvalidRequest(f"bits must be 1 to 16, got {self.bits}", param="bits")
+
+
+class Source(Protocol):
+    """A fine-tune, ready to be stored."""
+
+    @property
+    def codec(self) -> Literal["bitdelta", "lora", "dense"]: ...
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]: ...
+    @property
+    def overrides(self) -> Mapping[str, Any]: ...
+    @property
+    def sidecars(self) -> Mapping[str, bytes]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+    def encode(self, entry: TensorEntry) -> Parts:
+        """The parts of one planned entry."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineTune:
+    """A full fine-tune beside its base."""
+
+    pairing: Pairing
+    codec: Literal["bitdelta", "dense"]
+    entries: tuple[TensorEntry, ...]
+    overrides: Mapping[str, Any]
+    sidecars: Mapping[str, bytes]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self, entry: TensorEntry) -> Parts:
+        base, fine = self.pairing.base_tensor(entry.name), self.pairing.fine_tensor(entry.name)
+        return encode(entry, base, fine)[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSource:
+    """A PEFT adapter beside its base."""
+
+    base: Checkpoint
+    adapter: lora.Adapter
+    entries: tuple[TensorEntry, ...]
+    overrides: Mapping[str, Any]
+    sidecars: Mapping[str, bytes]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    codec: Literal["lora"] = "lora"
+
+    def encode(self, entry: TensorEntry) -> Parts:
+        if entry.codec == "lora":
+            return self.adapter.parts(entry)
+        return encode(entry, _head_or_own(self.base, entry.name), self.adapter.get(entry.name))[1]
+
+
+def plan_finetune(base: Checkpoint, fine: Checkpoint, options: CompressOptions) -> FineTune:
+    """Plan a full fine-tune.
+
+    Raises:
+        CheckpointError: `fine` is not a fine-tune of `base`; names the tensor or the key of config.json.
+        InvalidRequest: an option is out of range.
+    """
+    options.check()
+    pairing = Pairing(base, fine)
+    pairing.check()
+    planned = (_plan_tensor(n, pairing.base_tensor(n), pairing.fine_tensor(n), options) for n in pairing.names)
+    return FineTune(
+        pairing=pairing,
+        codec=options.codec,
+        entries=tuple(entry for entry in planned if entry is not None),
+        overrides=pairing.overrides(),
+        sidecars=sidecars(base.path, fine.path),
+        provenance={
+            "finetune": fine.path.resolve().name,
+            "finetune_sha256": fine.sha256(),
+            "finetune_bytes_16bit": 2 * _count(parameters(fine), fine.shape),
+            "options": asdict(options),
+        },
+    )
+
+
+def plan_adapter(base: Checkpoint, adapter: lora.Adapter) -> AdapterSource:
+    """Plan a LoRA adapter.
+
+    Raises:
+        CheckpointError: it does not fit the base; names the tensor.
+    """
+    names = adapter.linears + adapter.whole
+    for name in names:
+        if name not in base and not (name == HEAD and is_tied(base)):
+            raise CheckpointError(f"{adapter.path}: the base has no parameter {name}")
+    entries = [adapter.entry(name, tuple(_head_or_own(base, name).shape)) for name in adapter.linears]
+    for name in adapter.whole:
+        entry = _plan_exact(name, _head_or_own(base, name), adapter.get(name))
+        entries += [entry] if entry is not None else []
+    return AdapterSource(
+        base=base,
+        adapter=adapter,
+        entries=tuple(sorted(entries, key=lambda entry: entry.name)),
+        overrides=_adapter_overrides(base, adapter),
+        sidecars=sidecars(base.path, adapter.path),
+        provenance={
+            "finetune": adapter.path.resolve().name,
+            "finetune_sha256": sha256_of(adapter.path / lora.ADAPTER_WEIGHTS),
+            "finetune_bytes_16bit": _adapted_bytes(base, adapter),
+            "adapter": {key: adapter.config.get(key) for key in ("r", "lora_alpha", "use_rslora", "peft_version")},
+        },
+    )
+
+
+def differs(base: torch.Tensor, fine: torch.Tensor) -> bool:
+    """Whether any value differs; reads only as far as the first that does."""
+    if base.shape != fine.shape:
+        return True
+    starts = range(0, base.shape[0], _CHUNK)
+    return any(bool((base[i : i + _CHUNK] != fine[i : i + _CHUNK]).any()) for i in starts)
+
+
+def _plan_tensor(name: str, base: torch.Tensor, fine: torch.Tensor, options: CompressOptions) -> TensorEntry | None:
+    if not differs(base, fine):
+        return None
+    shape = tuple(fine.shape)
+    if fine.ndim == 1 or (options.codec == "dense" and name not in (EMBEDDING, HEAD)):
+        return TensorEntry(name=name, shape=shape, codec="dense", dtype=fine.dtype)
+    if name in (EMBEDDING, HEAD):
+        return _plan_embedding(name, base, fine, options)
+    return TensorEntry(
+        name=name,
+        shape=shape,
+        codec="bitdelta",
+        dtype=fine.dtype,
+        planes=options.bits,
+        scale_layout=options.scale_layout,
+    )
+
+
+def _plan_embedding(name: str, base: torch.Tensor, fine: torch.Tensor, options: CompressOptions) -> TensorEntry | None:
+    exact = _plan_exact(name, base, fine)
+    if options.embeddings == "exact" or (options.embeddings == "auto" and options.codec == "dense"):
+        return exact
+    bits = 4 if options.embeddings == "auto" else int(options.embeddings.removeprefix("int"))
+    common = min(base.shape[0], fine.shape[0])
+    quant = TensorEntry(name=name, shape=tuple(fine.shape), codec="quant", dtype=fine.dtype, rows=common, bits=bits)
+    if options.embeddings == "auto" and exact is not None and entry_bytes(exact) <= entry_bytes(quant):
+        return exact
+    return quant
+
+
+def _plan_exact(name: str, base: torch.Tensor, fine: torch.Tensor) -> TensorEntry | None:
+    """Whole rows, or the whole tensor where that is smaller; None where nothing differs."""
+    dense = TensorEntry(name=name, shape=tuple(fine.shape), codec="dense", dtype=fine.dtype)
+    if not differs(base, fine):
+        return None
+    if fine.ndim == 1:
+        return dense
+    count = len(rows.changed_rows(base, fine))
+    changed = TensorEntry(name=name, shape=tuple(fine.shape), codec="rows", dtype=fine.dtype, rows=count)
+    return min(changed, dense, key=entry_bytes)
+
+
+def entry_bytes(entry: TensorEntry) -> int:
+    """Bytes of an entry's parts."""
+    return sum(map(shards.nbytes, entry.parts().values()))
+
+
+def _head_or_own(base: Checkpoint, name: str) -> torch.Tensor:
+    return base.get(EMBEDDING if name == HEAD and is_tied(base) else name)
+
+
+def _adapter_overrides(base: Checkpoint, adapter: lora.Adapter) -> dict[str, Any]:
+    """An adapter that holds its own embedding or head unties the two, as PEFT does unless `ensure_weight_tying`."""
+    overrides: dict[str, Any] = {}
+    changed = {EMBEDDING, HEAD} & {*adapter.linears, *adapter.whole}
+    sizes = {adapter.get(name).shape[0] for name in changed & set(adapter.whole)}
+    if len(sizes) > 1:
+        raise CheckpointError(f"{adapter.path}: embedding and head have different vocabularies {sorted(sizes)}")
+    if sizes and sizes != {base.shape(EMBEDDING)[0]}:
+        overrides["vocab_size"] = sizes.pop()
+    if is_tied(base) and changed and not (adapter.config.get("ensure_weight_tying") and HEAD not in changed):
+        overrides["tie_word_embeddings"] = False
+        if "vocab_size" in overrides and changed != {EMBEDDING, HEAD}:
+            raise CheckpointError(f"{adapter.path}: {changed.pop()} grows the vocabulary alone; the base ties them")
+    return overrides
+
+
+def _adapted_bytes(base: Checkpoint, adapter: lora.Adapter) -> int:
+    """What the adapted model would take as a 16-bit checkpoint of its own."""
+    names = set(parameters(base)) | ({HEAD} & {*adapter.linears, *adapter.whole})
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple((adapter.get(name) if name in adapter.whole else _head_or_own(base, name)).shape)
+
+    return 2 * _count(sorted(names), shape)
+
+
+def _count(names: list[str], shape: Callable[[str], tuple[int, ...]]) -> int:
+    return sum(torch.Size(shape(name)).numel() for name in names)
