@@ -1,12 +1,13 @@
 """Every error of this package.
 
 StorageError
-  + InvalidName        400  a variant name, version or alias that does not parse
+  + InvalidName        400  a variant name, version, alias, key or repository URI that does not parse
+  + InvalidSource      422  a directory that cannot be published: links, special or unreadable files, nothing in it
   + NotFound           404  no such key, variant, version or alias
-  + Conflict           409  somebody else published this version or moved this alias first
+  + Conflict           409  an alias still points to the version that was to be removed
   + CorruptBlob        502  bytes do not have the hash that their key or manifest promises
   + StoreUnavailable   503  the object store does not answer (retry_after_s)
-  + CacheFull          507  the file does not fit the disk cache's budget
+  + CacheFull          507  the files do not fit the disk cache's budget, or the disk
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ class StorageError(Exception):
 class InvalidName(StorageError, ValueError):
     status = 400
     code = "invalid_name"
+
+
+class InvalidSource(StorageError, ValueError):
+    status = 422
+    code = "invalid_source"
 
 
 class NotFound(StorageError, LookupError):
@@ -50,5 +56,11 @@ class StoreUnavailable(StorageError):
 
 
 class CacheFull(StorageError):
+    """`retry_after_s` is set when other files hold the room now, None when even all of it is not enough."""
+
     status = 507
     code = "cache_full"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
