@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import lora
+from bitdelta_core.delta.calibration import read_calibration
 from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.distill import DistillOptions, prepare
 from bitdelta_core.delta.planning import CompressOptions, Source, plan_adapter, plan_finetune
 from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter
 from bitdelta_core.errors import InvalidRequest
@@ -32,6 +35,7 @@ def compress(
     out: Path,
     options: CompressOptions | None = None,
     *,
+    distillation: DistillOptions | None = None,
     base_name: str | None = None,
     revision: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -39,6 +43,7 @@ def compress(
 ) -> Path:
     """Write the delta of a fine-tune (a Hugging Face checkpoint, or a PEFT LoRA adapter) against its base to `out`.
 
+    `distillation` None leaves the scales at their closed-form values.
     `base_name` and `revision` are recorded for readers; by default the base directory's own name.
 
     Raises:
@@ -47,11 +52,19 @@ def compress(
     """
     base = open_base(base_path)
     source = plan(base, finetune_path, options)
+    text = _calibration(source, distillation)
     config = delta_config(base, source, base_name=base_name, revision=revision)
+    if distillation is not None:
+        described = {**distillation.provenance(), "calibration_sha256": hashlib.sha256(text).hexdigest()}
+        config = replace(config, provenance={**config.provenance, "distillation": described})
     writer = DeltaWriter(
         out, source.entries, fingerprint=hashlib.sha256(config.to_json()).hexdigest(), shard_bytes=shard_bytes
     )
     stream(source, writer, progress)
+    if distillation is not None:
+        losses = _distill(base, Checkpoint(finetune_path), config, writer, text, distillation, progress)
+        described = {**config.provenance["distillation"], **losses}
+        config = replace(config, provenance={**config.provenance, "distillation": described})
     return writer.finish(config, source.sidecars)
 
 
@@ -101,3 +114,37 @@ def stream(source: Source, writer: DeltaWriter, progress: Progress = no_progress
         if entry.name not in writer.done:
             writer.put(entry, source.encode(entry))
     progress(len(source.entries), len(source.entries), "")
+
+
+def _calibration(source: Source, options: DistillOptions | None) -> bytes:
+    if options is None:
+        return b""
+    options.check()
+    if source.codec != "bitdelta":
+        raise InvalidRequest(f"codec {source.codec} has no scales to distil", param="distill")
+    return read_calibration(options.calibration)
+
+
+def _distill(
+    base: Checkpoint,
+    fine: Checkpoint,
+    config: DeltaConfig,
+    writer: DeltaWriter,
+    text: bytes,
+    options: DistillOptions,
+    progress: Progress,
+) -> dict[str, float]:
+    """Train the scales and put them in place of the first ones; returns the losses. A resumed run trains only once."""
+    if not any(entry.codec == "bitdelta" for entry in config.tensors.values()):
+        return {}
+    saved = writer.load_trained()
+    if saved is None:
+        run = prepare(base, fine, config, writer, text, options)
+        before = run.measure()
+        for step in run.run(options):
+            progress(step, options.steps, "distillation")
+        saved = run.trained(), {"loss_before": before, "loss_after": run.measure()}
+        writer.save_trained(*saved)
+    parts, losses = saved
+    writer.overwrite(parts)
+    return losses

@@ -10,8 +10,8 @@ from bitdelta_core.delta.spec import TensorEntry
 
 
 def encode(base: torch.Tensor, fine: torch.Tensor, entry: TensorEntry) -> tuple[TensorEntry, dict[str, torch.Tensor]]:
-    """Keep `fine` as it is."""
-    return entry, {"value": fine}
+    """Keep `fine` as it is (in the entry's dtype)."""
+    return entry, {"value": fine.to(entry.dtype)}
 
 
 def decode(entry: TensorEntry, parts: Mapping[str, torch.Tensor], base: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import lora, rows, shards
 from bitdelta_core.delta.codecs import encode
+from bitdelta_core.delta.config import DTYPES
 from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.pairing import Pairing, is_tied, parameters
 from bitdelta_core.delta.sidecars import sidecars
@@ -35,6 +36,8 @@ class CompressOptions:
     embeddings: Embeddings = "auto"
     """Embedding and head: whole changed rows, or the difference in so many bits. auto: whole rows where that is smaller
     than 4 bits (or with codec dense), else 4 bits."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of what is stored whole, and of the restored checkpoint's changed tensors; None: the fine-tune's own."""
 
     def check(self) -> None:
         """Raise InvalidRequest for a value out of range."""
@@ -132,7 +135,7 @@ def plan_adapter(base: Checkpoint, adapter: lora.Adapter) -> AdapterSource:
             raise CheckpointError(f"{adapter.path}: the base has no parameter {name}")
     entries = [adapter.entry(name, tuple(_head_or_own(base, name).shape)) for name in adapter.linears]
     for name in adapter.whole:
-        entry = _plan_exact(name, _head_or_own(base, name), adapter.get(name))
+        entry = plan_exact(name, _head_or_own(base, name), adapter.get(name))
         entries += [entry] if entry is not None else []
     return AdapterSource(
         base=base,
@@ -160,42 +163,50 @@ def differs(base: torch.Tensor, fine: torch.Tensor) -> bool:
 def _plan_tensor(name: str, base: torch.Tensor, fine: torch.Tensor, options: CompressOptions) -> TensorEntry | None:
     if not differs(base, fine):
         return None
-    shape = tuple(fine.shape)
+    shape, dtype = tuple(fine.shape), _stored_dtype(fine, options)
     if fine.ndim == 1 or (options.codec == "dense" and name not in (EMBEDDING, HEAD)):
-        return TensorEntry(name=name, shape=shape, codec="dense", dtype=fine.dtype)
+        return TensorEntry(name=name, shape=shape, codec="dense", dtype=dtype)
     if name in (EMBEDDING, HEAD):
         return _plan_embedding(name, base, fine, options)
     return TensorEntry(
         name=name,
         shape=shape,
         codec="bitdelta",
-        dtype=fine.dtype,
+        dtype=dtype,
         planes=options.bits,
         scale_layout=options.scale_layout,
     )
 
 
 def _plan_embedding(name: str, base: torch.Tensor, fine: torch.Tensor, options: CompressOptions) -> TensorEntry | None:
-    exact = _plan_exact(name, base, fine)
+    dtype = _stored_dtype(fine, options)
+    exact = plan_exact(name, base, fine, dtype)
     if options.embeddings == "exact" or (options.embeddings == "auto" and options.codec == "dense"):
         return exact
     bits = 4 if options.embeddings == "auto" else int(options.embeddings.removeprefix("int"))
     common = min(base.shape[0], fine.shape[0])
-    quant = TensorEntry(name=name, shape=tuple(fine.shape), codec="quant", dtype=fine.dtype, rows=common, bits=bits)
+    quant = TensorEntry(name=name, shape=tuple(fine.shape), codec="quant", dtype=dtype, rows=common, bits=bits)
     if options.embeddings == "auto" and exact is not None and entry_bytes(exact) <= entry_bytes(quant):
         return exact
     return quant
 
 
-def _plan_exact(name: str, base: torch.Tensor, fine: torch.Tensor) -> TensorEntry | None:
+def _stored_dtype(fine: torch.Tensor, options: CompressOptions) -> torch.dtype:
+    return DTYPES[options.dtype] if options.dtype else fine.dtype
+
+
+def plan_exact(
+    name: str, base: torch.Tensor, fine: torch.Tensor, dtype: torch.dtype | None = None
+) -> TensorEntry | None:
     """Whole rows, or the whole tensor where that is smaller; None where nothing differs."""
-    dense = TensorEntry(name=name, shape=tuple(fine.shape), codec="dense", dtype=fine.dtype)
+    dtype = dtype or fine.dtype
+    dense = TensorEntry(name=name, shape=tuple(fine.shape), codec="dense", dtype=dtype)
     if not differs(base, fine):
         return None
     if fine.ndim == 1:
         return dense
     count = len(rows.changed_rows(base, fine))
-    changed = TensorEntry(name=name, shape=tuple(fine.shape), codec="rows", dtype=fine.dtype, rows=count)
+    changed = TensorEntry(name=name, shape=tuple(fine.shape), codec="rows", dtype=dtype, rows=count)
     return min(changed, dense, key=entry_bytes)
 
 

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bitdelta_core.delta.config import CONFIG_FILE, DeltaConfig, FileEntry
 from bitdelta_core.delta.shards import Extent, lay_out, shard_names, split
@@ -73,6 +75,20 @@ class DeltaWriter:
             extent = self._home[name][1]
             assert (tensor.dtype, tuple(tensor.shape)) == (extent.dtype, extent.shape), f"{name}: not of its dtype"
             self._write(name, tensor)
+
+    def save_trained(self, parts: Parts, losses: Mapping[str, float]) -> None:
+        """Keep trained scales (and the losses that describe them) until `finish`, so that a resumed run has them."""
+        metadata = {name: repr(value) for name, value in losses.items()}
+        save_file(dict(parts), self.work / "trained.tmp", metadata=metadata)
+        (self.work / "trained.tmp").rename(self.work / "trained")
+
+    def load_trained(self) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
+        """What an earlier run saved, or None."""
+        if not (self.work / "trained").is_file():
+            return None
+        with safe_open(self.work / "trained", framework="pt") as file:
+            losses = {name: float(value) for name, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, losses  # noqa: SIM118
 
     def finish(self, config: DeltaConfig, sidecars: Mapping[str, bytes]) -> Path:
         """Add the other files and make the delta visible at `out`. `config.files` is filled in here."""

@@ -1,0 +1,93 @@
+"""Calibration text to token sequences, with the fine-tune's own tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdelta_core.errors import InvalidRequest
+
+DEFAULT_TEXT = "calibration.txt"
+
+
+def read_calibration(file: Path | None) -> bytes:
+    """The bytes of a calibration file, or of the text that ships with this package."""
+    if file is None:
+        return files("bitdelta_core.delta").joinpath(DEFAULT_TEXT).read_bytes()
+    if file.suffix not in (".txt", ".jsonl"):
+        raise InvalidRequest(f"{file}: calibration text is .txt or .jsonl", param="calibration")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror}", param="calibration") from error
+
+
+def sequences(text: bytes, tokenizer: Any, *, length: int, jsonl: bool) -> list[list[int]]:
+    """Token sequences of at most `length`: plain text in consecutive pieces, jsonl one per line, cut off.
+
+    A line of jsonl holds "text", or "messages" for the tokenizer's chat template.
+    """
+    if jsonl:
+        found = [ids[:length] for ids in _lines(text, tokenizer)]
+    else:
+        start = _prefix(tokenizer)
+        ids = tokenizer(text.decode(), add_special_tokens=False, verbose=False)["input_ids"]
+        room = length - len(start)
+        found = [start + ids[i : i + room] for i in range(0, len(ids), room)]
+    found = [ids for ids in found if len(ids) > 1]
+    if not found:
+        raise InvalidRequest("the calibration text is empty", param="calibration")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Batches of padded sequences, shuffled anew each time round, the same for the same seed."""
+
+    found: list[list[int]]
+    size: int
+    pad: int
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(token ids [B, L] int64, mask [B, L] bool), without end."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order: list[int] = []
+        while True:
+            while len(order) < self.size:
+                order += torch.randperm(len(self.found), generator=generator).tolist()
+            chosen, order = order[: self.size], order[self.size :]
+            yield self._pad([self.found[i] for i in chosen])
+
+    def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
+        return ids, mask
+
+
+def _lines(text: bytes, tokenizer: Any) -> Iterator[list[int]]:
+    for number, line in enumerate(text.decode().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            body = json.loads(line)
+        except ValueError as error:
+            raise InvalidRequest(f"calibration line {number} is not JSON: {error}", param="calibration") from error
+        if isinstance(body, dict) and isinstance(body.get("messages"), list):
+            yield tokenizer.apply_chat_template(body["messages"], tokenize=True, return_dict=True)["input_ids"]
+        elif isinstance(body, dict) and isinstance(body.get("text"), str):
+            yield tokenizer(body["text"])["input_ids"]
+        else:
+            raise InvalidRequest(f'calibration line {number} has neither "text" nor "messages"', param="calibration")
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, where this tokenizer puts one or has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
