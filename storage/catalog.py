@@ -82,18 +82,26 @@ class Catalog:
         base_sha256: str,
         base_model: str = "",
         metadata: Mapping[str, Any] | None = None,
+        expected_sha256: Mapping[str, str] | None = None,
         on_progress: Progress | None = None,
     ) -> Manifest:
         """Upload a directory as the next version of `owner/name`. Blobs that the store has are not sent again.
 
+        `expected_sha256` (path -> hash) are hashes that files are known to have had when they were made.
+
         Raises:
             InvalidName: the name carries a version or alias, or base_sha256 is not one.
             InvalidSource: the directory has links, unreadable files, or nothing.
-            CorruptBlob: a file changed while it was read.
+            CorruptBlob: a file changed while it was read, or does not have its expected hash.
             StoreUnavailable: the same call can be made again (at worst there are then two equal versions).
         """
         target = _bare(name)
         files = scan(directory)
+        for entry in files:
+            if (expected_sha256 or {}).get(entry.path, entry.sha256) != entry.sha256:
+                raise CorruptBlob(
+                    f"{directory / entry.path} has changed since it was made: its sha256 is {entry.sha256}"
+                )
         draft = Manifest(
             owner=target.owner,
             name=target.name,

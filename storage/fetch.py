@@ -22,8 +22,8 @@ MAX_RESUMES = 5
 _HASH_BYTES = 4 << 20
 
 
-class _Stopped(Exception):
-    """Another range failed."""
+class Cancelled(Exception):
+    """Called off, by the caller or because another part failed."""
 
 
 def fetch_blob(
@@ -32,6 +32,7 @@ def fetch_blob(
     nbytes: int,
     fd: int,
     *,
+    stop: threading.Event | None = None,
     on_bytes: Callable[[int], None] | None = None,
     threads: int = THREADS,
     range_bytes: int = RANGE_BYTES,
@@ -42,11 +43,12 @@ def fetch_blob(
     after this returns or raises, a KeyboardInterrupt included.
 
     Raises:
+        Cancelled: `stop` was set.
         NotFound, StoreUnavailable: from the store.
         CorruptBlob: the blob is shorter than `nbytes`.
         OSError: from writing.
     """
-    stop = threading.Event()
+    failed = threading.Event()
 
     def copy(start: int) -> None:
         end, resumed = min(start + range_bytes, nbytes), 0
@@ -54,8 +56,8 @@ def fetch_blob(
             begun = start
             try:
                 for chunk in store.read_range(key, start, end):
-                    if stop.is_set():
-                        raise _Stopped
+                    if failed.is_set() or (stop and stop.is_set()):
+                        raise Cancelled
                     _write_all(fd, chunk, start)
                     start += len(chunk)
                     if on_bytes:
@@ -80,7 +82,7 @@ def fetch_blob(
             future.result()
             _hash(digest, fd, start, min(start + range_bytes, nbytes))
     finally:
-        stop.set()
+        failed.set()
         pool.shutdown(wait=True, cancel_futures=True)
     return digest.hexdigest()
 
