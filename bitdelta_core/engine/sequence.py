@@ -1,0 +1,70 @@
+"""One choice of one request, as the engine works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bitdelta_core.engine.api import GenerationRequest
+from kernels.segments import BASE
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Sequence:
+    """Tokens so far and what the engine holds for them. Only the engine's thread touches it."""
+
+    request: GenerationRequest
+    arrival: int
+    """Unique; smaller came earlier."""
+    index: int = 0
+    """Which of the request's n choices."""
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and generated tokens."""
+    max_len: int = 0
+    """len(tokens) at which generation ends for length."""
+    slot: int = BASE
+    """Of the variant, while its delta is pinned."""
+    leader: Sequence | None = None
+    """The choice whose prompt blocks this one shares."""
+
+    table: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose K and V stand in the blocks of `table`."""
+    chain: list[bytes] = field(default_factory=list)
+    """Keys of the full blocks so far."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when it was first admitted."""
+    prompt_done: bool = False
+    admitted: bool = False
+    charged: int = 0
+    """Tokens that its tenant has paid for; recomputing after a preemption is free."""
+    ready_step: int = 0
+    """The step at which it became schedulable."""
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def delta(self) -> str | None:
+        return self.request.delta
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Then no prompt token may come from the prefix cache: its logits are needed."""
+        return self.request.params.prompt_logprobs is not None and self.index == 0 and not self.prompt_done
+
+    def forget_blocks(self) -> list[int]:
+        """Back to nothing computed. Returns the blocks to release."""
+        table, self.table = self.table, []
+        self.computed = 0
+        self.chain = []
+        return table

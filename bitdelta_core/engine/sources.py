@@ -1,0 +1,96 @@
+"""Where the files of a delta are: a directory that the caller added, or what a blocking `DeltaSource` fetches."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from bitdelta_core.errors import BitDeltaError, DeltaUnavailable
+
+DeltaSource = Callable[[str], Path]
+"""delta sha256 -> the directory that holds its verified files. May block; called from threads, never from the loop."""
+
+
+def content_sha256(path: Path) -> str:
+    """Identity of a delta directory: sha256 over the lines `sha256 nbytes name` of its files, sorted by name.
+
+    The same that a published version of these files carries, so both share one copy in the slab and one prefix cache.
+    """
+    lines = []
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        with file.open("rb") as body:
+            digest = hashlib.file_digest(body, "sha256").hexdigest()
+        lines.append(f"{digest} {file.stat().st_size} {file.relative_to(path).as_posix()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def as_delta_error(error: BaseException, delta: str) -> BitDeltaError:
+    """What the requests that wanted `delta` are told."""
+    if isinstance(error, BitDeltaError):
+        return error
+    told = DeltaUnavailable(f"delta {delta} cannot be fetched: {type(error).__name__}: {error}", delta=delta)
+    told.__cause__ = error
+    return told
+
+
+class DeltaFiles:
+    """Single flight per sha256; a failure is remembered for a while, so that a broken store is not hammered."""
+
+    def __init__(self, source: DeltaSource | None, *, retry_s: float) -> None:
+        self._source = source
+        self._retry_s = retry_s
+        self._lock = threading.Lock()
+        self._local: dict[str, Path] = {}
+        self._flights: dict[str, Future[Path]] = {}
+        self._failed: dict[str, tuple[float, BitDeltaError]] = {}
+
+    def add(self, path: Path) -> str:
+        """Make a local delta directory servable. Returns its sha256."""
+        sha256 = content_sha256(path)
+        with self._lock:
+            self._local[sha256] = path
+        return sha256
+
+    def locate(self, delta: str) -> Path:
+        """The delta's directory; blocks while it is being fetched.
+
+        Raises:
+            DeltaUnavailable: nobody has it, or the source failed now or within the retry interval.
+            BitDeltaError: whatever else the source raised.
+        """
+        with self._lock:
+            if delta in self._local:
+                return self._local[delta]
+            failed_until, error = self._failed.get(delta, (0.0, None))
+            if error is not None and time.monotonic() < failed_until:
+                raise error
+            flight = self._flights.get(delta)
+            mine = flight is None
+            if flight is None:
+                flight = self._flights[delta] = Future()
+        if mine:
+            self._fly(delta, flight)
+        return flight.result()
+
+    def _fly(self, delta: str, flight: Future[Path]) -> None:
+        try:
+            if self._source is None:
+                raise DeltaUnavailable(
+                    f"delta {delta} is unknown: add_delta() it, or give the engine a source", delta=delta
+                )
+            path = self._source(delta)
+        except Exception as error:
+            told = as_delta_error(error, delta)
+            with self._lock:
+                self._failed[delta] = (time.monotonic() + (told.retry_after_s or self._retry_s), told)
+                del self._flights[delta]
+            flight.set_exception(told)
+        else:
+            with self._lock:
+                self._failed.pop(delta, None)
+                del self._flights[delta]
+            flight.set_result(path)

@@ -1,0 +1,102 @@
+"""Tokenizers: the base's and each variant's own, read from its files once and kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bitdelta_core.delta.config import CONFIG_FILE
+from bitdelta_core.delta.sidecars import GENERATION_CONFIG, TOKENIZER_FILES
+from bitdelta_core.engine.detokenizer import Decode, decoder_of
+from bitdelta_core.errors import CheckpointError, DeltaFormatError
+
+MAX_KEPT = 1024
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How one variant reads and writes text."""
+
+    tokenizer: Any
+    """A Hugging Face tokenizer, with the variant's chat template if it has one."""
+    stop_ids: frozenset[int]
+    """End-of-sequence ids: of the generation config (or else the config), and of the tokenizer."""
+
+    @cached_property
+    def decode(self) -> Decode:
+        return decoder_of(self.tokenizer, skip_special_tokens=True)
+
+    @cached_property
+    def decode_all(self) -> Decode:
+        """Special tokens included."""
+        return decoder_of(self.tokenizer, skip_special_tokens=False)
+
+
+class Vocabularies:
+    """`get` blocks while files are fetched and read: call it from threads, never from the loop."""
+
+    def __init__(self, base: Path, locate: Callable[[str], Path]) -> None:
+        self._base = base
+        self._locate = locate
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str | None, Vocabulary] = OrderedDict()
+
+    def get(self, delta: str | None) -> Vocabulary:
+        """The variant's vocabulary; None: the base's. The content of a sha256 never changes, so it is read once.
+
+        Raises:
+            DeltaFormatError, CheckpointError: its tokenizer cannot be read.
+            BitDeltaError: its files cannot be had.
+        """
+        with self._lock:
+            if delta in self._kept:
+                self._kept.move_to_end(delta)
+                return self._kept[delta]
+        vocabulary = read_vocabulary(self._base, None if delta is None else self._locate(delta), delta)
+        with self._lock:
+            self._kept[delta] = vocabulary
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+        return vocabulary
+
+
+def read_vocabulary(base: Path, variant: Path | None, delta: str | None = None) -> Vocabulary:
+    """Read from a variant's directory; what it does not carry is the base's."""
+    from transformers import AutoTokenizer
+
+    own = variant is not None and any((variant / name).is_file() for name in TOKENIZER_FILES)
+    path = variant if own else base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        stops = _stop_ids(variant, base)
+    except Exception as error:  # transformers raises whatever its parsers do
+        if own:
+            raise DeltaFormatError(
+                f"its tokenizer cannot be read: {type(error).__name__}: {error}", delta=delta
+            ) from error
+        raise CheckpointError(f"the tokenizer in {base} cannot be read: {type(error).__name__}: {error}") from error
+    if tokenizer.eos_token_id is not None:
+        stops = stops | {tokenizer.eos_token_id}
+    return Vocabulary(tokenizer, stops)
+
+
+def _stop_ids(variant: Path | None, base: Path) -> frozenset[int]:
+    """The first that says anything: generation config, then config, the variant's before the base's."""
+    said = [_read(base / GENERATION_CONFIG), _read(base / "config.json")]
+    if variant is not None:
+        said = [_read(variant / GENERATION_CONFIG), _read(variant / CONFIG_FILE).get("config_overrides", {}), *said]
+    found = next((body["eos_token_id"] for body in said if body.get("eos_token_id") is not None), [])
+    ids = found if isinstance(found, list) else [found]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"eos_token_id must be token ids, got {found!r}")
+    return frozenset(ids)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}

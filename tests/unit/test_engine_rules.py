@@ -1,0 +1,62 @@
+"""Which parameters and configurations are refused, and by what name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bitdelta_core.engine.api import SamplingParams
+from bitdelta_core.engine.config import EngineConfig, plan_memory
+from bitdelta_core.errors import InvalidRequest
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0), ("n", 129), ("n", True), ("max_tokens", 0), ("max_tokens", 1.5), ("min_tokens", -1),
+        ("temperature", -0.1), ("temperature", 2.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1),
+        ("top_k", -2), ("min_p", -0.1), ("min_p", 1.5), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0.0), ("seed", 2**64), ("logprobs", -1), ("logprobs", 101), ("prompt_logprobs", -1),
+        ("logit_bias", {5: 101.0}), ("logit_bias", {-1: 1.0}), ("stop", ("",)), ("stop", ("x",) * 65),
+        ("stop", ("x" * 1025,)), ("stop_token_ids", (-1,)),
+    ],
+)  # fmt: skip
+def test_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        SamplingParams(**{name: value}).validate()
+    assert caught.value.param == name
+
+
+def test_limits_themselves_are_allowed() -> None:
+    SamplingParams(
+        n=128, max_tokens=1, min_tokens=1, temperature=2, top_p=1, top_k=-1, min_p=1, presence_penalty=-2,
+        frequency_penalty=2, repetition_penalty=2, seed=-(2**63), logprobs=100, prompt_logprobs=0,
+        logit_bias={0: -100}, stop=("x" * 1024,), stop_token_ids=(0,),
+    ).validate()  # fmt: skip
+
+
+def test_min_tokens_beyond_max_tokens() -> None:
+    with pytest.raises(InvalidRequest, match="min_tokens must be <= max_tokens=3") as caught:
+        SamplingParams(max_tokens=3, min_tokens=4).validate()
+    assert caught.value.param == "min_tokens"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"block_size": 0}, {"max_num_seqs": 0}, {"max_num_seqs": 8, "max_num_batched_tokens": 7},
+        {"num_kv_blocks": 10, "kv_cache_bytes": 1000}, {"num_kv_blocks": 1}, {"dtype": "int8"},
+    ],
+)  # fmt: skip
+def test_configurations_that_cannot_work(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        EngineConfig(**given)
+
+
+def test_memory_is_divided_as_told() -> None:
+    plan = plan_memory(EngineConfig(device="cpu", kv_cache_bytes=10_500, slab_bytes=77), block_bytes=1000)
+    assert (plan.num_kv_blocks, plan.slab_bytes, plan.kv_tokens) == (10, 77, 9 * 16)
+    assert "144 tokens" in plan.table()
+    with pytest.raises(InvalidRequest, match="at least 2"):
+        plan_memory(EngineConfig(device="cpu", kv_cache_bytes=1999), block_bytes=1000)
