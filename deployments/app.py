@@ -1,0 +1,67 @@
+"""The composition root: one configuration in, one Ray Serve application out.
+
+serve run deployments.app:build_app base=/models/base repo=s3://bucket/deltas
+serve deploy deployments/serve.yaml
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from deployments.config import AppConfig
+from deployments.gateway import INGRESS, REPLICAS
+from deployments.ingress import Ingress
+from deployments.replica import ModelReplica
+
+ROUTING_STATS_PERIOD_S, ROUTING_STATS_TIMEOUT_S = 0.5, 5.0
+DRAIN_S, DRAIN_POLL_S = 120.0, 0.2
+HEALTH_PERIOD_S = 5.0
+INGRESS_ONGOING = 10_000
+
+
+def build_app(args: AppConfig) -> Application:
+    """Ingress -> model replicas. `args` in YAML, or `name=value` on the command line of `serve run`."""
+    replicas = serve.deployment(
+        name=REPLICAS,
+        num_replicas=args.num_replicas,
+        ray_actor_options=_resources(args),
+        max_ongoing_requests=args.max_ongoing_requests,
+        health_check_period_s=HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        request_router_config=_router(args),
+    )(ModelReplica)
+    ingress = serve.deployment(
+        name=INGRESS,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=INGRESS_ONGOING,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+    )(Ingress)
+    return ingress.bind(args, replicas.bind(args))
+
+
+def _router(args: AppConfig) -> RequestRouterConfig:
+    fields: dict[str, Any] = {
+        "request_router_class": "deployments.router.DeltaRouter",
+        "request_router_kwargs": {"spill_queue": args.spill_queue, "load_factor": args.load_factor},
+        "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
+        "request_routing_stats_timeout_s": ROUTING_STATS_TIMEOUT_S,
+    }
+    return RequestRouterConfig(**fields)
+
+
+def _resources(args: AppConfig) -> dict[str, float]:
+    """A GPU when the engine wants one. `auto` looks at the cluster, not at the node that builds the application."""
+    if args.num_gpus is not None:
+        gpus = args.num_gpus
+    elif args.device == "auto":
+        gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    else:
+        gpus = 0.0 if args.device == "cpu" else 1.0
+    return {"num_cpus": 1, "num_gpus": gpus}

@@ -1,0 +1,113 @@
+"""All that one application can be told: flags, `BITDELTA_*` variables, YAML. Names are vLLM's where it has them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from deployments.auth import Account, HashedKey
+
+
+class ApiKey(BaseModel):
+    """One key. Give the key itself, or its sha256 so that the file holds no secret."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: str = "default"
+    """Whose share of the engine its requests count against."""
+    key: SecretStr | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    owners: list[str] | None = None
+    """Whose variants it may use. Left out: everybody's."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError("give either `key` or `sha256`")
+        if self.key is not None and not self.key.get_secret_value().strip():
+            raise ValueError("`key` is empty")
+        return self
+
+    def hashed(self) -> HashedKey:
+        owners = None if self.owners is None else frozenset(self.owners)
+        digest = self.sha256 or hashlib.sha256(self._plain().encode()).hexdigest()
+        return HashedKey(sha256=digest, account=Account(tenant=self.tenant, owners=owners))
+
+    def _plain(self) -> str:
+        assert self.key is not None
+        return self.key.get_secret_value().strip()
+
+
+class AppConfig(BaseSettings):
+    """One base, one repository, any number of replicas. Unknown names are refused. Sizes take units: `2GiB`."""
+
+    model_config = SettingsConfigDict(env_prefix="BITDELTA_", extra="forbid", env_parse_none_str="none")
+
+    base: Path
+    """Directory of the base checkpoint, at the same place on every node."""
+    repo: str | None = None
+    """Path, `file://`, `s3://bucket/prefix`. None: `~/.local/share/bitdelta/repo`."""
+    served_model_name: str = ""
+    """What clients call the base. Empty: the name of its directory."""
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
+    slab_bytes: ByteSize | None = None
+    kv_cache_bytes: ByteSize | None = None
+    seed: int | None = None
+
+    cache_dir: Path | None = None
+    """Fetched deltas on local disk. None: `~/.cache/bitdelta/deltas`."""
+    cache_bytes: ByteSize = Field(default=ByteSize(50 * 10**9), gt=0)
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_gpus: float | None = Field(default=None, ge=0)
+    """Per replica. None: 1 when `device` is a GPU, or auto and the cluster has one."""
+    max_ongoing_requests: int = Field(default=4096, ge=1)
+    """Per replica. Far above the batch: waiting is the engine's business, Serve's own queue polls."""
+    spill_queue: int = Field(default=12, ge=1)
+    load_factor: float = Field(default=1.25, ge=1)
+    catalog_ttl_s: float = Field(default=2.0, ge=0)
+    """How long a name keeps its meaning: a new version or a moved alias is served after this time at the latest."""
+    keep_alive_s: float = Field(default=15.0, gt=0)
+    max_body_bytes: ByteSize = Field(default=ByteSize(32 * 2**20), gt=0)
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Keys that may use everything; one, or several."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Keys with a tenant and the owners whose variants they may use."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_key_is_a_list_of_one(cls, values: dict) -> dict:
+        if isinstance(values.get("api_key"), str | SecretStr):
+            values = values | {"api_key": (values["api_key"],)}
+        return values
+
+    @property
+    def base_name(self) -> str:
+        return self.served_model_name or self.base.resolve().name
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or Path.home() / ".cache" / "bitdelta" / "deltas"
+
+    def keys(self) -> tuple[HashedKey, ...]:
+        """All configured keys, hashed. None configured: everybody may use everything."""
+        plain = (ApiKey(key=key) for key in self.api_key)
+        return tuple(key.hashed() for key in (*plain, *self.api_keys))
+
+    def engine_options(self) -> dict:
+        """The EngineConfig fields that were given."""
+        names = (
+            "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size slab_bytes kv_cache_bytes seed"
+        )
+        given = {name: getattr(self, name) for name in names.split()}
+        return {name: value for name, value in given.items() if value is not None}
