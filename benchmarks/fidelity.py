@@ -191,7 +191,7 @@ class Bench:
         self.distill = DistillOptions(steps=args.distill_steps, batch=args.distill_batch, lr=args.distill_lr)
         self.conditions = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+            "commit": args.commit or _commit(),
             "machine": machine(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -262,8 +262,10 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "ram_gb": round(pages / 1e9, 1), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def _git(*args: str) -> str:
-    return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
+def _commit() -> str:
+    """HEAD, with a + where tracked files differ from it."""
+    described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _shorten(arg: str) -> str:
@@ -294,6 +296,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--distill-batch", type=int, default=defaults.batch)
     parser.add_argument("--distill-lr", type=float, default=defaults.lr)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--commit", help="recorded; by default git is asked")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity.jsonl")
     return parser.parse_args()
 

@@ -35,7 +35,7 @@ class DistillOptions:
     steps: int = 200
     batch: int = 4
     length: int = 128
-    lr: float = 0.01
+    lr: float = 0.03
     """Of Adam, at the first step; falls to 0 on a cosine. docs/fidelity.md has what the default rests on."""
     calibration: Path | None = None
     """None: the text that ships with bitdelta."""

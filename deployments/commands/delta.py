@@ -84,7 +84,7 @@ def compress(
     distill_steps: Annotated[int | None, typer.Option(help="Steps of training (default: 200).")] = None,
     distill_batch: Annotated[int | None, typer.Option(help="Texts per step (default: 4).")] = None,
     distill_length: Annotated[int | None, typer.Option(help="Tokens per text. (default: 128)")] = None,
-    distill_lr: Annotated[float | None, typer.Option(help="Of Adam, relative to each scale (default: 0.01).")] = None,
+    distill_lr: Annotated[float | None, typer.Option(help="Of Adam, relative to each scale (default: 0.03).")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text to distil on: .txt or .jsonl.")] = None,
     base_name: Annotated[str | None, typer.Option(help="Name of the base to record.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the base to record.")] = None,
