@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,12 @@ from storage.s3 import S3Config, S3Store
 from tests.contract.swift_server import SwiftServer, running
 
 STORES = ["memory", "local", "moto", pytest.param("swift", marks=pytest.mark.s3)]
+
+
+@functools.cache
+def session(access_key: str, secret_key: str) -> boto3.Session:
+    """One per pair of keys: making one takes long."""
+    return boto3.Session(access_key, secret_key)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +43,7 @@ def moto_bucket() -> Iterator[str]:
     from moto import mock_aws
 
     with mock_aws():
-        boto3.Session("a", "b").client("s3", region_name="us-east-1").create_bucket(Bucket="contract")
+        session("a", "b").client("s3", region_name="us-east-1").create_bucket(Bucket="contract")
         yield "contract"
 
 
@@ -54,9 +61,8 @@ def make_store(kind: str, fixture: Callable[[str], object], tmp_path: Path) -> B
             return LocalStore(tmp_path / "store")
         case "moto":
             fixture("moto_bucket")
-            return S3Store(
-                "contract", uuid.uuid4().hex, config=S3Config(region="us-east-1"), session=boto3.Session("a", "b")
-            )
+            config = S3Config(region="us-east-1")
+            return S3Store("contract", uuid.uuid4().hex, config=config, session=session("a", "b"))
         case _:
             fixture("swift_bucket")
             server = fixture("swift")
@@ -65,10 +71,9 @@ def make_store(kind: str, fixture: Callable[[str], object], tmp_path: Path) -> B
 
 
 def swift_store(server: SwiftServer, prefix: str, *, secret_key: str | None = None) -> S3Store:
-    session = boto3.Session(server.access_key, secret_key or server.secret_key)
-    return S3Store("contract", prefix, config=S3Config(endpoint_url=server.endpoint_url), session=session)
+    keys = session(server.access_key, secret_key or server.secret_key)
+    return S3Store("contract", prefix, config=S3Config(endpoint_url=server.endpoint_url), session=keys)
 
 
 def swift_client(server: SwiftServer) -> Any:
-    session = boto3.Session(server.access_key, server.secret_key)
-    return S3Config(endpoint_url=server.endpoint_url).client(session)
+    return S3Config(endpoint_url=server.endpoint_url).client(session(server.access_key, server.secret_key))

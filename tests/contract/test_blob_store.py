@@ -45,11 +45,11 @@ class TestBlobStore:
         for start, stop in [(0, 1), (5, 2_500_000), (2_999_999, 3_000_001), (0, 3_000_001), (7, 7)]:
             assert b"".join(store.read_range("k", start, stop)) == body[start:stop]
 
-    @pytest.mark.parametrize(("start", "stop"), [(5, 11), (10, 11), (50, 60)])
-    def test_a_range_past_the_end_is_corrupt(self, store: BlobStore, start: int, stop: int) -> None:
+    def test_a_range_past_the_end_is_corrupt(self, store: BlobStore) -> None:
         put(store, "k", b"0123456789")
-        with pytest.raises(CorruptBlob):
-            b"".join(store.read_range("k", start, stop))
+        for start, stop in [(5, 11), (10, 11), (50, 60)]:
+            with pytest.raises(CorruptBlob):
+                b"".join(store.read_range("k", start, stop))
 
     def test_missing_keys(self, store: BlobStore) -> None:
         put(store, "a/b", b"x")
@@ -61,15 +61,14 @@ class TestBlobStore:
             store.delete(key)
         assert store.read("a/b") == b"x"
 
-    @pytest.mark.parametrize("key", BAD_KEYS)
-    def test_bad_keys_are_refused_everywhere(self, store: BlobStore, key: str) -> None:
-        for call in (store.size, store.read, store.modified, store.touch, store.delete):
-            with pytest.raises(InvalidName):
-                call(key)
-        with pytest.raises(InvalidName):
-            put(store, key, b"x")
-        with pytest.raises(InvalidName):
-            store.put_new(key, b"x")
+    def test_bad_keys_are_refused_everywhere(self, store: BlobStore) -> None:
+        calls = [store.size, store.read, store.modified, store.touch, store.delete]
+        calls += [lambda key: put(store, key, b"x"), lambda key: store.put_new(key, b"x")]
+        calls += [lambda key: list(store.read_range(key, 0, 1))]
+        for key in BAD_KEYS:
+            for call in calls:
+                with pytest.raises(InvalidName):
+                    call(key)
 
     def test_list_is_sorted_and_by_string_prefix(self, store: BlobStore) -> None:
         keys = ["a-b/c", "a/b", "a/b-c", "a/b/c", "ab", "b", "a/B"]
