@@ -7,6 +7,7 @@ Whatever ends it, `_end` gives back its blocks, its pin and its want, once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -102,9 +103,11 @@ class EngineCore:
         return True
 
     def end_all(self, error: BitDeltaError) -> None:
-        """The engine stops: everybody is told."""
+        """The engine stops: everybody is told, even when the state is what broke."""
         for job in list(self._jobs.values()):
-            self._fail(job, error)
+            with suppress(Exception):
+                self._end(job)
+            job.deliver(error)
 
     def stats(self) -> EngineStats:
         slab, blocks = self.residency.slab, self.scheduler.blocks
@@ -154,7 +157,7 @@ class EngineCore:
             assert job.resident is not None
             assert job.resident.variant is not None
             self._unpinned.remove(job)
-            slot = self.residency.pin(job.resident)
+            slot = self.residency.pin(job.resident, job.arrival)
             job.pinned = True
             try:
                 self._activate(job, job.resident.variant, slot)
@@ -269,7 +272,7 @@ class EngineCore:
                 self.residency.unpin(job.resident)
             else:
                 self._unpinned.remove(job)
-            self.residency.unwant(job.resident)
+                self.residency.unwant(job.resident, job.arrival)
 
 
 def _not_finite(seq: Sequence) -> BitDeltaError:

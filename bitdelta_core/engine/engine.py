@@ -1,38 +1,33 @@
-"""The engine: a thread that computes, and the ways to ask it.
+"""The engine, as its users see it: load a base, add variants, ask.
 
-    engine = Engine("base/", EngineConfig())
-    sha256 = engine.add_delta("deltas/math")
-    engine.generate("12 + 30 =", SamplingParams(temperature=0), delta=sha256)     # blocks
-    async for event in engine.stream(GenerationRequest(...)): ...                 # many at once
-
-One thread owns all state and never waits for a file, a tokenizer or a consumer. Callers talk to it through an inbox.
+engine = Engine("base/", EngineConfig())
+sha256 = engine.add_delta("deltas/math")
+engine.generate("12 + 30 =", SamplingParams(temperature=0), delta=sha256)     # blocks
+async for event in engine.stream(GenerationRequest(...)): ...                 # many at once
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import queue
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, SamplingParams, TokenEvent
 from bitdelta_core.engine.completion import Completion, Prompt, collect, normalise
-from bitdelta_core.engine.config import EngineConfig
-from bitdelta_core.engine.core import Deliver, Job
+from bitdelta_core.engine.config import EngineConfig, MemoryPlan
+from bitdelta_core.engine.core import Deliver
 from bitdelta_core.engine.loading import LoadedBase, build_core
-from bitdelta_core.engine.mailbox import Mailbox
 from bitdelta_core.engine.sources import DeltaSource
-from bitdelta_core.errors import BitDeltaError, EngineDead, InvalidRequest, Overloaded
+from bitdelta_core.engine.thread import EngineThread
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """One base, its variants, one device."""
+    """One base, its variants, one device. Every method may be called from any thread."""
 
     def __init__(
         self,
@@ -51,25 +46,18 @@ class Engine:
             InvalidRequest: the config does not fit the machine.
         """
         self.config = config or EngineConfig()
-        self._wake = threading.Event()
         self._base = LoadedBase(Path(model_path), self.config, delta_source)
-        self._core = build_core(self._base, self.config, self._wake.set)
-        log.info("engine on %s\n%s", model_path, self._base.memory.table())
-        self._lock = threading.Lock()
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._mailbox = Mailbox()
-        self._live: dict[str, int] = {}
-        """Request id -> its choices that have not ended."""
-        self._dead: EngineDead | None = None
-        self._closing = False
-        self._stats = self._core.stats()
-        self._thread = threading.Thread(target=self._run, name="bitdelta-engine", daemon=True)
-        self._thread.start()
+        log.info("engine on %s\n%s", model_path, self.memory.table())
+        self._thread = EngineThread(
+            partial(build_core, self._base, self.config),
+            capacity=self.config.max_num_seqs + self.config.max_waiting,
+            seed=self.config.seed,
+        )
 
     @property
-    def memory_table(self) -> str:
-        """How the device's memory was divided, for humans."""
-        return self._base.memory.table()
+    def memory(self) -> MemoryPlan:
+        """How the device's memory is divided; `.table()` is for humans."""
+        return self._base.memory
 
     @property
     def base_sha256(self) -> str:
@@ -81,59 +69,37 @@ class Engine:
         return self._base.files.add(Path(path))
 
     def tokenizer(self, delta: str | None = None) -> Any:
-        """The Hugging Face tokenizer of a variant, chat template included. Blocks while its files are fetched, so async
-        callers call it in a thread; the engine's loop is not involved.
+        """The Hugging Face tokenizer of a variant, chat template included. Blocks while its files are fetched and read,
+        so async callers call it in a thread; the engine's loop is not involved.
 
         Raises:
-            DeltaError: its files cannot be had, or its tokenizer not be read.
+            DeltaError: its files cannot be had, or its tokenizer cannot be read.
         """
         return self._base.vocabularies.get(delta).tokenizer
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Enqueue. `deliver` is called in the engine's thread with every event, or with the error that ends the
-        request; it must not block.
+        request; it must not block or raise.
 
         Raises:
             InvalidRequest: the request is wrong by itself (what depends on the variant is delivered).
             Overloaded: too many requests wait.
             EngineDead: the loop has stopped.
         """
-        request.params.validate()
-        if not request.prompt_token_ids:
-            raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
-        job = Job(request, deliver=self._forgetting(request.request_id, deliver), seed=self._seed(request.params))
-        with self._lock:
-            self._admit(request)
-            self._inbox.put(lambda: self._core.add(job))
-        self._wake.set()
+        self._thread.submit(request, deliver)
 
     def abort(self, request_id: str) -> None:
         """Stop a request and free what it holds, soon. Unknown or finished requests are ignored."""
-        with self._lock:
-            if self._live.pop(request_id, None) is None or self._dead:
-                return
-            self._inbox.put(lambda: self._core.abort(request_id))
-        self._wake.set()
+        self._thread.abort(request_id)
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """The request's events, until every choice has ended. Closing the generator, or cancelling its task, aborts.
+    def stream(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """The request's events, until every choice has ended. Closing the generator, or cancelling the task that
+        iterates it, aborts. Nothing is submitted before the first iteration.
 
         Raises:
             BitDeltaError: as `submit`, or the request failed on the way (its variant cannot be loaded, ...).
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent | BitDeltaError]()
-
-        self.submit(request, lambda event: self._mailbox.post(loop, events, event))
-        open_choices = request.params.n
-        try:
-            while open_choices:
-                event = await events.get()
-                if isinstance(event, BitDeltaError):
-                    raise event
-                open_choices -= event.finish_reason is not None
-                yield event
-        finally:
-            self.abort(request.request_id)
+        return self._thread.stream(request)
 
     def generate(
         self,
@@ -146,13 +112,12 @@ class Engine:
         """Answer all prompts, in order, n completions each. Blocks.
 
         Args:
-            prompts: one or several; each a text (tokenised as the variant does) or token ids.
+            prompts: one or several; each a text (tokenised as its variant does) or token ids.
             delta: the variant of all prompts, or one per prompt; None is the base.
 
         Raises:
             BitDeltaError: the first error of any prompt; the others are aborted.
         """
-        asked = normalise(prompts, delta, self.tokenizer)
         requests = [
             GenerationRequest(
                 request_id=f"generate-{os.urandom(8).hex()}",
@@ -161,85 +126,24 @@ class Engine:
                 delta=variant,
                 tenant=tenant,
             )
-            for ids, variant in asked
+            for ids, variant in normalise(prompts, delta, self.tokenizer)
         ]
         return collect(self, requests)
 
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
-        return self._stats
+        return self._thread.stats()
 
     def health(self) -> None:
         """Raise EngineDead when the loop has stopped."""
-        if self._dead is not None:
-            raise self._dead
+        self._thread.health()
 
     def close(self) -> None:
         """Stop the thread. Whoever still waits gets EngineDead."""
-        self._closing = True
-        self._wake.set()
-        self._thread.join()
+        self._thread.close()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _admit(self, request: GenerationRequest) -> None:
-        self.health()
-        if request.request_id in self._live:
-            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
-        limit = self.config.max_num_seqs + self.config.max_waiting
-        if sum(self._live.values()) + request.params.n > limit:
-            raise Overloaded(f"{limit} choices are running or waiting, which is as many as this engine takes on")
-        self._live[request.request_id] = request.params.n
-
-    def _forgetting(self, request_id: str, deliver: Deliver) -> Deliver:
-        """`deliver`, which also notes when the request is over."""
-
-        def wrapped(event: TokenEvent | BitDeltaError) -> None:
-            if isinstance(event, BitDeltaError) or event.finish_reason is not None:
-                with self._lock:
-                    left = 0 if isinstance(event, BitDeltaError) else self._live.pop(request_id, 1) - 1
-                    self._live.pop(request_id, None)
-                    if left:
-                        self._live[request_id] = left
-            deliver(event)
-
-        return wrapped
-
-    def _seed(self, params: SamplingParams) -> int:
-        if params.seed is not None:
-            return params.seed
-        return int.from_bytes(os.urandom(8), "little") if self.config.seed is None else self.config.seed
-
-    def _run(self) -> None:
-        error: BaseException | None = None
-        try:
-            while not self._closing:
-                self._wake.clear()
-                while not self._inbox.empty():
-                    self._inbox.get()()
-                busy = self._core.step()
-                self._stats = self._core.stats()
-                self._mailbox.flush()
-                if not busy and self._inbox.empty():
-                    self._wake.wait()
-        except BaseException as caught:
-            error = caught
-            log.exception("the engine loop has stopped")
-        self._die(error)
-
-    def _die(self, error: BaseException | None) -> None:
-        why = "it was closed" if error is None else f"{type(error).__name__}: {error}"
-        dead = EngineDead(f"the engine has stopped: {why}")
-        dead.__cause__ = error
-        with self._lock:
-            self._dead = dead
-        while not self._inbox.empty():
-            self._inbox.get()()
-        self._core.end_all(dead)
-        self._core.residency.close()
-        self._stats = self._core.stats()
-        self._mailbox.flush()

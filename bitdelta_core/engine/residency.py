@@ -6,8 +6,8 @@
 
 FETCHING, LOADING and STAGING run in loader threads, one job per delta at a time (single flight); the other states wait
 for the engine's thread, which alone moves a delta from state to state and never blocks on one. ON_DISK waits for one of
-the host buffers, IN_HOST for room in the slab; both in order of the arrival of the first request that wants the delta,
-and the first in the line is never passed: while pinned extents are in its way, everybody behind it waits.
+the host buffers, IN_HOST for room in the slab; both in order of the oldest request that waits for the delta, and the
+first in the line is never passed: while pinned extents are in its way, everybody behind it waits.
 A delta that nobody wants any more before it reaches the slab is dropped where it stands.
 
 FAILED is a quarantine: until it is over, whoever wants the delta gets the same error at once; then it is tried again.
@@ -19,6 +19,7 @@ import heapq
 import queue
 import threading
 import time
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,9 +69,8 @@ class Resident:
 
     delta: str
     state: State = State.ABSENT
-    arrival: int = 0
-    """Of the first request that wants it."""
-    wants: int = 0
+    waiters: list[int] = field(default_factory=list)
+    """Arrivals of the requests that want it and have no pin yet, oldest first."""
     opened: OpenedDelta | None = None
     variant: Variant | None = None
     host: torch.Tensor | None = None
@@ -135,7 +135,7 @@ class Residency:
         self._stale = False
 
     def want(self, delta: str, arrival: int) -> Resident:
-        """Somebody wants the delta: load it unless that is under way. Undo with `unwant`.
+        """Somebody wants the delta: load it unless that is under way. Until `pin` or `unwant`.
 
         Raises:
             BitDeltaError: the error of its last load, while it is quarantined.
@@ -146,20 +146,18 @@ class Residency:
             if time.monotonic() < entry.retry_at:
                 raise entry.error
             entry.state, entry.error = State.ABSENT, None
-        if not entry.wants:
-            entry.arrival = arrival
-        entry.wants += 1
+        insort(entry.waiters, arrival)
         self._stale = True
         return entry
 
-    def unwant(self, entry: Resident) -> None:
-        assert entry.wants > 0, "unwant without want"
-        entry.wants -= 1
+    def unwant(self, entry: Resident, arrival: int) -> None:
+        entry.waiters.remove(arrival)
         self._stale = True
 
-    def pin(self, entry: Resident) -> int:
-        """Keep a READY delta in the slab. Returns its slot."""
+    def pin(self, entry: Resident, arrival: int) -> int:
+        """Keep a READY delta in the slab for one that wanted it. Returns its slot."""
         assert entry.state is State.READY
+        entry.waiters.remove(arrival)
         self.slab.pin(entry.delta)
         return entry.slot
 
@@ -168,11 +166,11 @@ class Residency:
         self._stale = True
 
     def blocked(self) -> tuple[float, int] | None:
-        """(seconds, arrival) of the delta at the head of the line, when pins keep it out of the slab."""
+        """When pins keep the head of the line out of the slab: for how many seconds, and its oldest waiter's arrival."""
         line = self._line(State.IN_HOST)
-        if self._blocked_since is None or not line:
+        if self._blocked_since is None or not line or not line[0].waiters:
             return None
-        return time.monotonic() - self._blocked_since, line[0].arrival
+        return time.monotonic() - self._blocked_since, line[0].waiters[0]
 
     @property
     def ready(self) -> tuple[str, ...]:
@@ -207,7 +205,7 @@ class Residency:
         for entry in list(self._entries.values()):
             if entry.state is State.ABSENT:
                 self._begin(entry)
-            elif not entry.wants and self._is_idle(entry):
+            elif not entry.waiters and self._is_idle(entry):
                 self._drop(entry)
         self._stage_in_order()
         busy = sum(e.state in (State.LOADING, State.IN_HOST, State.STAGING) for e in self._entries.values())
@@ -225,7 +223,9 @@ class Residency:
         return expired or entry.state in (State.ON_DISK, State.IN_HOST)
 
     def _line(self, state: State) -> list[Resident]:
-        return sorted((e for e in self._entries.values() if e.state is state), key=lambda e: e.arrival)
+        """Oldest waiter first; who lost its last waiter a moment ago goes last."""
+        there = [e for e in self._entries.values() if e.state is state]
+        return sorted(there, key=lambda e: e.waiters[0] if e.waiters else float("inf"))
 
     def _begin(self, entry: Resident) -> None:
         kept = self._host_cache.pop(entry.delta, None)
@@ -312,7 +312,7 @@ class Residency:
 
     def _drop(self, entry: Resident) -> None:
         entry.state, entry.opened, entry.host = State.ABSENT, None, None
-        if not entry.wants:
+        if not entry.waiters:
             del self._entries[entry.delta]
 
     def _keep_host(self, entry: Resident) -> None:

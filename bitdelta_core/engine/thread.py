@@ -1,0 +1,152 @@
+"""The thread that steps an EngineCore, and the thread-safe ways to talk to it.
+
+It owns all of the core's state and never waits for a file, a tokenizer or a consumer. Callers reach it through an inbox;
+it answers through each request's `deliver`. An exception in the loop ends everything: all requests get EngineDead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+
+from bitdelta_core.engine.api import EngineStats, GenerationRequest, TokenEvent
+from bitdelta_core.engine.core import Deliver, EngineCore, Job
+from bitdelta_core.engine.mailbox import Mailbox
+from bitdelta_core.errors import BitDeltaError, EngineDead, InvalidRequest, Overloaded
+
+log = logging.getLogger(__name__)
+
+
+class EngineThread:
+    """Starts at once; `close` stops it."""
+
+    def __init__(
+        self, build: Callable[[Callable[[], None]], EngineCore], *, capacity: int, seed: int | None = None
+    ) -> None:
+        """`build` is given the function that wakes the loop. `capacity` bounds the choices that run or wait."""
+        self._wake = threading.Event()
+        self._core = build(self._wake.set)
+        self._capacity = capacity
+        self._seed = seed
+        self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._mailbox = Mailbox()
+        self._live: dict[str, int] = {}
+        """Request id -> its choices that have not ended."""
+        self._dead: EngineDead | None = None
+        self._closing = False
+        self._stats = self._core.stats()
+        self._thread = threading.Thread(target=self._run, name="bitdelta-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """See Engine.submit."""
+        request.params.validate()
+        if not request.prompt_token_ids:
+            raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
+        job = Job(request, deliver=self._counting(request.request_id, deliver), seed=self._seed_of(request))
+        with self._lock:
+            self._admit(request)
+            self._inbox.put(lambda: self._core.add(job))
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        """See Engine.abort."""
+        with self._lock:
+            if self._live.pop(request_id, None) is None or self._dead:
+                return
+            self._inbox.put(lambda: self._core.abort(request_id))
+        self._wake.set()
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """See Engine.stream."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent | BitDeltaError]()
+        self.submit(request, lambda event: self._mailbox.post(loop, events, event))
+        open_choices = request.params.n
+        try:
+            while open_choices:
+                event = await events.get()
+                if isinstance(event, BitDeltaError):
+                    raise event
+                open_choices -= event.finish_reason is not None
+                yield event
+        finally:
+            self.abort(request.request_id)
+
+    def stats(self) -> EngineStats:
+        """As of the end of the last step."""
+        return self._stats
+
+    def health(self) -> None:
+        """Raise EngineDead when the loop has stopped."""
+        if self._dead is not None:
+            raise self._dead
+
+    def close(self) -> None:
+        """Stop. Whoever still waits gets EngineDead."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    def _admit(self, request: GenerationRequest) -> None:
+        self.health()
+        if request.request_id in self._live:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        if sum(self._live.values()) + request.params.n > self._capacity:
+            raise Overloaded(f"{self._capacity} choices run or wait already, as many as this engine takes on")
+        self._live[request.request_id] = request.params.n
+
+    def _counting(self, request_id: str, deliver: Deliver) -> Deliver:
+        """`deliver`, which also notes what has ended."""
+
+        def wrapped(event: TokenEvent | BitDeltaError) -> None:
+            if isinstance(event, BitDeltaError) or event.finish_reason is not None:
+                with self._lock:
+                    left = self._live.pop(request_id, 1) - 1
+                    if left and not isinstance(event, BitDeltaError):
+                        self._live[request_id] = left
+            deliver(event)
+
+        return wrapped
+
+    def _seed_of(self, request: GenerationRequest) -> int:
+        if request.params.seed is not None:
+            return request.params.seed
+        return int.from_bytes(os.urandom(8), "little") if self._seed is None else self._seed
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            while not self._closing:
+                self._turn()
+        except BaseException as caught:
+            error = caught
+            log.exception("the engine loop has stopped")
+        self._die(error)
+
+    def _turn(self) -> None:
+        self._wake.clear()
+        while not self._inbox.empty():
+            self._inbox.get()()
+        busy = self._core.step()
+        self._stats = self._core.stats()
+        self._mailbox.flush()
+        if not busy:
+            self._wake.wait()
+
+    def _die(self, error: BaseException | None) -> None:
+        why = "it was closed" if error is None else f"{type(error).__name__}: {error}"
+        dead = EngineDead(f"the engine has stopped: {why}")
+        dead.__cause__ = error
+        with self._lock:
+            self._dead = dead
+        while not self._inbox.empty():
+            self._inbox.get()()
+        self._core.end_all(dead)
+        self._core.residency.close()
+        self._stats = self._core.stats()
+        self._mailbox.flush()

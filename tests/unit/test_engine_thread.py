@@ -1,0 +1,183 @@
+"""The engine's thread over a fake model: streams, cancellation, overload, death."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from bitdelta_core.engine.api import GenerationRequest, SamplingParams, TokenEvent
+from bitdelta_core.engine.thread import EngineThread
+from bitdelta_core.errors import DeltaFormatError, EngineDead, InvalidRequest, Overloaded
+from tests.unit.engine_fakes import World, answer
+
+A, B = ("0a", "0b")
+PROMPT = (3, 1, 4, 1, 5)
+
+
+class Running:
+    """A World behind a thread."""
+
+    def __init__(self, *, capacity: int = 20, **limits: Any) -> None:
+        self.world = World(**limits)
+        self.thread = EngineThread(self._build, capacity=capacity, seed=1)
+
+    def _build(self, wake: Callable[[], None]) -> Any:
+        self.world.core.residency._wake = wake
+        return self.world.core
+
+    def request(self, name: str, delta: str | None = None, **params: Any) -> GenerationRequest:
+        given = SamplingParams(**{"temperature": 0.0, "max_tokens": 6, **params})
+        return GenerationRequest(request_id=name, prompt_token_ids=PROMPT, delta=delta, params=given)
+
+    async def tokens(self, name: str, delta: str | None = None, **params: Any) -> list[int]:
+        return [t async for e in self.thread.stream(self.request(name, delta, **params)) for t in e.token_ids]
+
+    async def settle(self) -> None:
+        """Wait until nothing runs or waits."""
+        async with asyncio.timeout(20):
+            while True:
+                stats = self.thread.stats()
+                if not (stats.running or stats.waiting or stats.waiting_for_delta or self.thread._live):
+                    return
+                await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    one = Running()
+    yield one
+    one.thread.close()
+
+
+async def test_streams_of_many_variants_at_once(running: Running) -> None:
+    deltas = [None, A, B, A, None, B]
+    got = await asyncio.gather(*(running.tokens(str(i), d) for i, d in enumerate(deltas)))
+    assert got == [answer(d, PROMPT, 6) for d in deltas]
+    await running.settle()
+    assert running.thread.stats().kv_blocks_used == 0
+    assert running.thread.stats().generation_tokens_total == 36
+
+
+async def test_closing_the_generator_aborts(running: Running) -> None:
+    stream = running.thread.stream(running.request("r", A, max_tokens=40))
+    async for event in stream:
+        assert event.finish_reason is None
+        break
+    await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+    await running.settle()
+    assert running.thread.stats().kv_blocks_used == 0
+    assert running.thread.stats().pinned == ()
+
+
+async def test_cancelling_the_task_aborts_even_while_the_delta_loads(running: Running) -> None:
+    gate = running.world.source.gates[A] = threading.Event()
+    task = asyncio.create_task(running.tokens("r", A))
+    async with asyncio.timeout(20):
+        while not running.thread.stats().waiting_for_delta:
+            await asyncio.sleep(0.002)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await running.settle()
+    gate.set()
+    assert await running.tokens("again", A) == answer(A, PROMPT, 6)
+
+
+async def test_steps_go_on_while_a_source_blocks(running: Running) -> None:
+    gate = running.world.source.gates[B] = threading.Event()
+    blocked = asyncio.create_task(running.tokens("blocked", B))
+    before = running.thread.stats().steps_total
+    for i in range(5):
+        assert await running.tokens(f"r{i}", A, max_tokens=20) == answer(A, PROMPT, 20)
+    assert running.thread.stats().steps_total >= before + 5 * 20
+    assert not blocked.done()
+    gate.set()
+    assert await blocked == answer(B, PROMPT, 6)
+
+
+async def test_an_error_reaches_the_stream_that_it_belongs_to(running: Running) -> None:
+    running.world.source.errors[B] = DeltaFormatError("truncated", delta=B)
+    good, bad = await asyncio.gather(running.tokens("good", A), running.tokens("bad", B), return_exceptions=True)
+    assert good == answer(A, PROMPT, 6)
+    assert bad is running.world.source.errors[B]
+
+
+async def test_overload_is_refused_at_once_and_passes() -> None:
+    running = Running(capacity=3)
+    gate = running.world.source.gates[A] = threading.Event()
+    tasks = [asyncio.create_task(running.tokens("two", A, n=2)), asyncio.create_task(running.tokens("one", A))]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as caught:
+        await running.tokens("more")
+    assert caught.value.retry_after_s
+    gate.set()
+    await asyncio.gather(*tasks)
+    await running.settle()
+    assert await running.tokens("more") == answer(None, PROMPT, 6)
+    running.thread.close()
+
+
+async def test_requests_that_are_wrong_by_themselves(running: Running) -> None:
+    with pytest.raises(InvalidRequest, match="temperature"):
+        await running.tokens("r", temperature=3.0)
+    with pytest.raises(InvalidRequest, match="empty"):
+        running.thread.submit(GenerationRequest(request_id="r", prompt_token_ids=()), lambda event: None)
+    running.world.source.gates[A] = threading.Event()
+    running.thread.submit(running.request("twice", A), lambda event: None)
+    with pytest.raises(InvalidRequest, match="in use"):
+        running.thread.submit(running.request("twice"), lambda event: None)
+    running.world.source.gates[A].set()
+
+
+async def test_an_exception_in_the_loop_is_everybodys_end(running: Running) -> None:
+    steps = 0
+
+    def explode() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError("device lost")
+
+    running.world.decoder.before_forward = explode
+    running.world.source.gates[B] = threading.Event()
+    outcomes = await asyncio.gather(
+        *(running.tokens(str(i), d) for i, d in enumerate((None, A, B))), return_exceptions=True
+    )
+    assert all(isinstance(outcome, EngineDead) for outcome in outcomes)
+    assert "device lost" in str(outcomes[0])
+    with pytest.raises(EngineDead, match="device lost"):
+        running.thread.health()
+    with pytest.raises(EngineDead):
+        await running.tokens("late")
+    running.world.source.gates[B].set()
+
+
+async def test_closing_ends_whoever_waits() -> None:
+    running = Running()
+    running.world.source.gates[A] = threading.Event()
+    task = asyncio.create_task(running.tokens("r", A))
+    await asyncio.sleep(0)
+    running.thread.close()
+    with pytest.raises(EngineDead, match="closed"):
+        await task
+    running.world.source.gates[A].set()
+
+
+def test_a_plain_callback_gets_every_event_and_ids_can_be_used_again(running: Running) -> None:
+    for _ in range(3):
+        events: list[Any] = []
+        done = threading.Event()
+
+        def deliver(event: Any, events: list[Any] = events, done: threading.Event = done) -> None:
+            events.append(event)
+            if event.finish_reason:
+                done.set()
+
+        running.thread.submit(running.request("same"), deliver)
+        assert done.wait(20)
+        assert all(isinstance(event, TokenEvent) for event in events)
+        assert [t for e in events for t in e.token_ids] == answer(None, PROMPT, 6)
