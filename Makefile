@@ -1,0 +1,34 @@
+# Every verb sets up what it needs in .venv; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: demo serve test lint format clean install
+
+demo: .venv/demo  ## compress, publish and serve four fine-tunes, ask them all, print the table
+	$(BIN)/python examples/demo/demo.py
+
+serve: .venv/demo  ## the same variants, served until Ctrl-C
+	$(BIN)/python examples/demo/demo.py --keep
+
+test: .venv/dev  ## all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/dev  ## ruff and pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+format: .venv/dev
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+install: .venv/dev  ## a development environment in .venv
+
+.venv/demo: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+.venv/dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@ .venv/demo
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info
