@@ -63,7 +63,7 @@ def compress(
     stream(source, writer, progress)
     if distillation is not None:
         losses = _distill(base, Checkpoint(finetune_path), config, writer, text, distillation, progress)
-        described = {**config.provenance["distillation"], **losses}
+        described = {**config.provenance["distillation"], **dict(sorted(losses.items()))}
         config = replace(config, provenance={**config.provenance, "distillation": described})
     return writer.finish(config, source.sidecars)
 

@@ -1,0 +1,194 @@
+"""Distillation: exact gradients, only the scales move, padding does not count, the loss falls, resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.delta import compress as room
+from bitdelta_core.delta.bitdelta import encode, unpack
+from bitdelta_core.delta.calibration import Batches, read_calibration, sequences
+from bitdelta_core.delta.compress import compress, delta_config, plan, stream
+from bitdelta_core.delta.distill import Distillation, DistillOptions, prepare
+from bitdelta_core.delta.format import open_delta
+from bitdelta_core.delta.planning import CompressOptions
+from bitdelta_core.delta.signlinear import SignLinear
+from bitdelta_core.delta.spec import ScaleLayout, TensorEntry
+from bitdelta_core.delta.writer import DeltaWriter
+from bitdelta_core.errors import InvalidRequest
+from tests.tiny import make_base, make_finetune
+
+LAYOUTS: list[ScaleLayout] = ["tensor", "row", "row_col"]
+QUICK = DistillOptions(steps=12, batch=2, length=24, lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def fine(base: Path) -> Path:
+    return make_finetune(base, base.parent / "fine", scale=0.2, new_tokens=("<|x|>",))
+
+
+def dense_weight(layer: SignLinear) -> torch.Tensor:
+    """The layer's weight as one differentiable expression: what its output must be a plain linear map of."""
+    weight = layer.linear.weight
+    for p in range(layer.entry.planes):
+        plane = unpack(layer.sign_PNk[p], weight.shape[1]).to(weight.dtype)
+        factors = {name: layer.initial[name][p] * layer.factors[name][p] for name in layer.initial}
+        plane = plane * factors["scale"]
+        plane = plane * factors["row"].unsqueeze(1) if "row" in factors else plane
+        weight = weight + (plane * factors["col"] if "col" in factors else plane)
+    return weight
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("planes", [1, 3])
+def test_gradients_equal_those_of_the_dense_equivalent(layout: ScaleLayout, planes: int) -> None:
+    """To the scales and to the input: the sign branch is in the chain."""
+    torch.manual_seed(0)
+    n, k = 7, 13
+    w = torch.randn(n, k)
+    entry = TensorEntry(
+        name="w", shape=(n, k), codec="bitdelta", dtype=torch.float32, planes=planes, scale_layout=layout
+    )
+    _, parts = encode(w, w + 0.3 * torch.randn(n, k), entry)
+    linear = nn.Linear(k, n)
+    linear.weight.data.copy_(w)
+    layer = SignLinear(linear, entry, parts)
+    x = torch.randn(2, 5, k, requires_grad=True)
+    wanted_of = [x, *layer.factors.values()]
+    outer = torch.randn(2, 5, n)
+    got = layer(x)
+    want = functional.linear(x, dense_weight(layer), linear.bias)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    got_grads = torch.autograd.grad((got * outer).sum(), wanted_of)
+    want_grads = torch.autograd.grad((want * outer).sum(), wanted_of)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_to_the_input_agrees_with_finite_differences() -> None:
+    torch.manual_seed(1)
+    w = torch.randn(4, 6)
+    entry = TensorEntry(name="w", shape=(4, 6), codec="bitdelta", dtype=torch.float32, scale_layout="row_col")
+    _, parts = encode(w, w + torch.randn(4, 6), entry)
+    layer = SignLinear(nn.Linear(6, 4), entry, parts).double()
+    layer.initial = {name: value.double() for name, value in layer.initial.items()}
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def distillation(base: Path, fine: Path, work: Path, options: DistillOptions) -> Distillation:
+    checkpoint = Checkpoint(base)
+    source = plan(checkpoint, fine, CompressOptions())
+    config = delta_config(checkpoint, source)
+    writer = DeltaWriter(work, source.entries)
+    stream(source, writer)
+    return prepare(checkpoint, Checkpoint(fine), config, writer, read_calibration(None), options)
+
+
+def test_only_the_scales_are_trained_and_padding_does_not_count(base: Path, fine: Path, tmp_path: Path) -> None:
+    run = distillation(base, fine, tmp_path / "d", QUICK)
+    frozen = {n: p.detach().clone() for n, p in run.student.named_parameters() if "factors" not in n}
+    initial = [scale.detach().clone() for scale in run.scales]
+    list(run.run(QUICK))
+    after = dict(run.student.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    assert all(not torch.equal(now, before) for now, before in zip(run.scales, initial, strict=True))
+    ids = torch.randint(0, 256, (2, 9))
+    alone = run.loss(ids, torch.ones(2, 9, dtype=torch.bool))
+    padded = torch.cat([ids, torch.full((2, 5), 33)], 1)
+    mask = torch.cat([torch.ones(2, 9), torch.zeros(2, 5)], 1).bool()
+    torch.testing.assert_close(run.loss(padded, mask), alone)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_distilling_lowers_the_loss_and_changes_scales_alone(
+    layout: ScaleLayout, base: Path, fine: Path, tmp_path: Path
+) -> None:
+    coding = CompressOptions(scale_layout=layout, bits=2)
+    plain = open_delta(compress(base, fine, tmp_path / "plain", coding))
+    trained = open_delta(compress(base, fine, tmp_path / "trained", coding, distillation=QUICK))
+    noted = trained.config.provenance["distillation"]
+    assert noted["loss_after"] < 0.95 * noted["loss_before"]
+    changed = set()
+    for entry in plain.config.tensors.values():
+        for part in entry.parts():
+            if not torch.equal(plain.part(entry, part), trained.part(entry, part)):
+                changed.add(part)
+    scales = {"tensor": {"scale"}, "row": {"scale", "row"}, "row_col": {"scale", "row", "col"}}[layout]
+    assert changed == scales
+
+
+def test_training_is_done_once_however_often_resumed(
+    base: Path, fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted half-way through putting the trained scales in place, it ends in the same bytes, untrained."""
+    whole = compress(base, fine, tmp_path / "whole", distillation=QUICK)
+    overwrite = DeltaWriter.overwrite
+
+    def torn(self: DeltaWriter, parts: dict[str, torch.Tensor]) -> None:
+        overwrite(self, dict(list(parts.items())[:5]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeltaWriter, "overwrite", torn)
+        with pytest.raises(KeyboardInterrupt):
+            compress(base, fine, tmp_path / "torn", distillation=QUICK)
+    monkeypatch.setattr(room, "prepare", lambda *args: pytest.fail("trained twice"))
+    resumed = compress(base, fine, tmp_path / "torn", distillation=QUICK)
+    assert {f.name: f.read_bytes() for f in resumed.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+
+
+def test_calibration_files(base: Path, fine: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(fine)
+    plain = sequences(b"abcdefghij" * 3, tokenizer, length=11, jsonl=False)
+    assert [len(ids) for ids in plain] == [11, 11, 11]
+    assert all(ids[0] == tokenizer.bos_token_id for ids in plain)
+    lines = [{"text": "hello"}, {"messages": [{"role": "user", "content": "hi"}]}]
+    text = "\n".join(json.dumps(line) for line in lines).encode()
+    decoded = [tokenizer.decode(ids) for ids in sequences(text, tokenizer, length=64, jsonl=True)]
+    assert "hello" in decoded[0]
+    assert decoded[1] == "<|user|>hi\n"
+    for bad in (b"", b'{"other": 1}', b"no json"):
+        with pytest.raises(InvalidRequest, match="calibration"):
+            sequences(bad, tokenizer, length=8, jsonl=True)
+    for file, named in ((tmp_path / "x.csv", ".jsonl"), (tmp_path / "none.txt", "cannot be read")):
+        with pytest.raises(InvalidRequest, match=named):
+            compress(base, fine, tmp_path / "d", distillation=DistillOptions(calibration=file))
+
+
+def test_batches_pad_mask_and_repeat() -> None:
+    batches = iter(Batches([[1, 2, 3], [4], [5, 6]], size=2, pad=9))
+    seen: list[int] = []
+    for _ in range(3):
+        ids, mask = next(batches)
+        assert ids.shape == mask.shape
+        assert (ids[~mask] == 9).all()
+        seen += ids[mask].tolist()
+    assert sorted(seen) == sorted([1, 2, 3, 4, 5, 6] * 2)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"length": 1}, {"lr": 0.0}, {"lr": float("nan")}])
+def test_options_out_of_range(base: Path, fine: Path, tmp_path: Path, wrong: dict[str, float]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+        compress(base, fine, tmp_path / "d", distillation=DistillOptions(**wrong))  # pyright: ignore
+    with pytest.raises(InvalidRequest, match="no scales"):
+        compress(base, fine, tmp_path / "d", CompressOptions(codec="dense"), distillation=QUICK)
+
+
+def test_default_calibration_text_is_there_and_plain() -> None:
+    text = read_calibration(None)
+    assert 60_000 < len(text) < 100_000
+    text.decode("ascii")
