@@ -115,10 +115,11 @@ class DiskCache:
 
     def verify(self) -> list[str]:
         """Read and hash every blob; what is wrong is dropped with the deltas that hold it. The dropped sha256s."""
-        blobs = self._directory.blobs_by_inode().values()
-        wrong = [blob for blob in blobs if size_of(blob) is not None and sha256_of(blob) != blob.name]
         with self._directory.exclusive():
-            for blob in wrong:
+            blobs = list(self._directory.blobs_by_inode().values())
+        wrong = [blob for blob in blobs if sha256_of(blob) not in (None, blob.name)]
+        with self._directory.exclusive():
+            for blob in filter(Path.exists, wrong):
                 self._directory.drop_blob(blob)
         return sorted(blob.name for blob in wrong)
 
@@ -166,9 +167,9 @@ class DiskCache:
             return lease
         finally:
             self._abandon(mine)
-            shutil.rmtree(staging)
-            if lease is None:
-                with self._directory.exclusive():
+            with self._directory.exclusive():  # others count what is reserved here
+                shutil.rmtree(staging)
+                if lease is None:
                     self._directory.drop_unlinked()
 
     def _plan(self, manifest: Manifest, staging: Path, mine: list[_Flight]) -> list[_Flight]:

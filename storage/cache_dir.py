@@ -68,8 +68,9 @@ class CacheDir:
             self._sweep()
 
     def close(self) -> None:
-        os.close(self._session_fd)
-        shutil.rmtree(self.session, ignore_errors=True)
+        with self.exclusive():
+            os.close(self._session_fd)
+            shutil.rmtree(self.session)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -238,9 +239,13 @@ def files_of(path: Path) -> list[Path]:
     return [file for file in path.rglob("*") if not file.is_dir()]
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path) -> str | None:
+    """None when it is gone."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def _is_at(path: Path, fd: int) -> bool:

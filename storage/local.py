@@ -40,11 +40,11 @@ class LocalStore:
         return self._stat(key).st_mtime
 
     def read(self, key: str) -> bytes:
-        with self._errors(key):
+        with _reading(self.uri, key):
             return self._path(key).read_bytes()
 
     def read_range(self, key: str, start: int, stop: int) -> Iterator[bytes]:
-        with self._errors(key), self._path(key).open("rb") as file:
+        with _reading(self.uri, key), self._path(key).open("rb") as file:
             file.seek(start)
             while start < stop:
                 data = file.read(min(CHUNK, stop - start))
@@ -55,14 +55,14 @@ class LocalStore:
 
     def put(self, key: str, body: Body, nbytes: int) -> None:
         target = self._path(key)
-        with self._errors(key), self._written(CheckedReader(body, nbytes)) as temporary:
+        with _writing(self.uri, key), self._written(CheckedReader(body, nbytes)) as temporary:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target)
             sync_directory(target.parent)
 
     def put_new(self, key: str, body: bytes) -> bool:
         target = self._path(key)
-        with self._errors(key), self._written(body) as temporary:
+        with _writing(self.uri, key), self._written(body) as temporary:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(temporary, target)
@@ -72,7 +72,7 @@ class LocalStore:
             return True
 
     def touch(self, key: str) -> bool:
-        with suppress(NotFound), self._errors(key):
+        with suppress(NotFound), _reading(self.uri, key):
             self._stat(key)
             os.utime(self._path(key))
             return True
@@ -81,12 +81,12 @@ class LocalStore:
     def list(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
         folder = self.root / prefix.rpartition("/")[0]
-        with self._errors(prefix):
+        with _reading(self.uri, prefix):
             keys = sorted(str(file.relative_to(self.root)) for file in self._files(folder))
         yield from (key for key in keys if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
-        with suppress(NotFound), self._errors(key):
+        with suppress(NotFound), _reading(self.uri, key):
             self._stat(key)
             self._path(key).unlink()
 
@@ -100,7 +100,7 @@ class LocalStore:
         return self.root / check_key(key)
 
     def _stat(self, key: str) -> os.stat_result:
-        with self._errors(key):
+        with _reading(self.uri, key):
             path = self._path(key)
             if path.is_dir():
                 raise NotFound(f"{self.uri} has no blob {key!r}")
@@ -135,14 +135,23 @@ class LocalStore:
                     if time.time() - file.stat().st_mtime > _ABANDONED_S:
                         file.unlink()
 
-    @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise NotFound(f"{self.uri} has no blob {key!r}") from None
-        except OSError as error:
-            raise StoreUnavailable(f"{self.uri}: {key}: {error.strerror or error}") from error
+
+@contextmanager
+def _reading(uri: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise NotFound(f"{uri} has no blob {key!r}") from None
+    except OSError as error:
+        raise StoreUnavailable(f"{uri}: {key}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _writing(uri: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailable(f"{uri}: {key} cannot be written: {error.strerror or error}") from error
 
 
 def _unless_missing(error: OSError) -> None:
