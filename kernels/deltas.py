@@ -13,19 +13,18 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class SignDelta:
-    """D = sum_p scale[p] * row[p, n] * col[p, k] * (+1 where the bit is set, else -1)   (BitDelta, section 3.1).
+    """D = sum_p scale[p, n] * col[p, k] * (+1 where the bit is set, else -1)   (BitDelta, section 3.1).
 
-    Bits stand LSB first along K; the last byte of a row is padded with zeros when 8 does not divide K.
+    Bits stand LSB first along K; the last byte of a row is padded with zeros when 8 does not divide K. The scale of the
+    matrix and of each row are one factor here, so that fused linears (q, k, v in one) are one delta.
     """
 
     sign_PNk: torch.Tensor
     """uint8 [P, N, ceil(K / 8)]"""
-    scale_P: torch.Tensor
-    """float32 [P]"""
-    row_PN: torch.Tensor | None
-    """float16 [P, N], or None: one scale per matrix"""
+    scale_PN: torch.Tensor
+    """float32 [P, N]"""
     col_PK: torch.Tensor | None
-    """float16 [P, K], or None"""
+    """float32 [P, K], or None"""
     in_features: int
 
 
@@ -46,7 +45,7 @@ class DenseDelta:
 
 @dataclass(frozen=True, slots=True)
 class QuantDelta:
-    """D = (q - 2^(bits-1)) * scale[n] for the rows that the base has too; `extra` are whole rows beyond them.
+    """D = (q - 2^(bits-1)) * scale[n]. Rows that a larger vocabulary adds stand in a RowsDelta beside it.
 
     `bits` is 2, 4 or 8; values stand LSB first along K, padded with zeros in the last byte.
     """
@@ -55,8 +54,6 @@ class QuantDelta:
     """uint8 [N, ceil(K * bits / 8)]"""
     scale_N: torch.Tensor
     """float32 [N]"""
-    extra_EK: torch.Tensor
-    """[E, K]: whole rows (not differences) N..N+E of a larger vocabulary"""
     bits: int
     in_features: int
 
@@ -70,4 +67,21 @@ class RowsDelta:
     value_RK: torch.Tensor
 
 
-LinearDelta = SignDelta | LowRankDelta | DenseDelta | QuantDelta | RowsDelta
+@dataclass(frozen=True, slots=True)
+class Int8Delta:
+    """D = sum_p value[p, n, k] * scale[p, n] * col[p, k]: signs or quantised differences, one byte each.
+
+    8 times the bytes of packed signs, for CPUs, where unpacking costs several times the product itself.
+    """
+
+    value_PNK: torch.Tensor
+    """int8 [P, N, K]"""
+    scale_PN: torch.Tensor
+    """[P, N] in the compute dtype"""
+    col_PK: torch.Tensor | None
+    """[P, K] in the compute dtype, or None"""
+
+
+LinearDelta = SignDelta | LowRankDelta | DenseDelta | QuantDelta | RowsDelta | Int8Delta
+Placed = tuple[int, LinearDelta]
+"""A delta and the first output of a fused linear (q, k, v in one) that it belongs to."""

@@ -1,0 +1,66 @@
+"""The base's weights as the decoder holds them: fused matrices by target, and all vectors in one block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.errors import CheckpointError
+from bitdelta_core.models.config import ModelConfig
+from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Read once, never written."""
+
+    targets: Mapping[str, torch.Tensor]
+    """Target -> [N, K]; `head` is `embed` where the base ties them."""
+    vectors_V: torch.Tensor
+    parameters: Parameters
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> Weights:
+        """Raises CheckpointError when a tensor is missing, has another shape, or is not of the architecture."""
+        parameters = Parameters.of(config)
+        _check_names(checkpoint, parameters, config)
+        rows = {place.target: place.start + place.rows for place in parameters.linears.values()}
+        columns = {place.target: place.columns for place in parameters.linears.values()}
+        targets = {t: torch.empty((n, columns[t]), device=device, dtype=dtype) for t, n in rows.items()}
+        for name, place in parameters.linears.items():
+            value = _read(checkpoint, name, (place.rows, place.columns))
+            targets[place.target][place.start : place.start + place.rows].copy_(value)
+        vectors = torch.empty(parameters.vector_elements, device=device, dtype=dtype)
+        for name, span in parameters.vectors.items():
+            vectors[span.start : span.stop].copy_(_read(checkpoint, name, (span.stop - span.start,)))
+        if config.tie_word_embeddings:
+            targets["head"] = targets["embed"]
+        return cls(targets, vectors, parameters)
+
+    def linear_weight(self, name: str) -> torch.Tensor:
+        """The matrix of one Hugging Face parameter: a view. The head of a base that ties it is its embedding."""
+        place = self.parameters.linears.get(name) or self.parameters.linears[EMBED]
+        return self.targets[place.target][place.start : place.start + place.rows]
+
+
+def _check_names(checkpoint: Checkpoint, parameters: Parameters, config: ModelConfig) -> None:
+    known = {*parameters.linears, *parameters.vectors}
+    if config.tie_word_embeddings:
+        known.add(HEAD)
+    for name in checkpoint.names:
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} has no place in a {config.family} model")
+
+
+def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    value = checkpoint.get(name)
+    if tuple(value.shape) != shape:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} has shape {list(value.shape)}, config.json says {list(shape)}"
+        )
+    if not value.is_floating_point():
+        raise CheckpointError(f"{checkpoint.path}: {name} is {value.dtype}, expected a floating type")
+    return value
