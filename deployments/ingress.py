@@ -1,6 +1,8 @@
-"""The HTTP routes: parse, authenticate, resolve the name, call, respond. Everything else is elsewhere."""
+"""The HTTP routes: parse, authenticate, resolve the name, call, respond. Everything else is elsewhere.
 
-from __future__ import annotations
+No `from __future__ import annotations` here: Serve pickles this class by value, and then FastAPI cannot look the names of
+string annotations up.
+"""
 
 import asyncio
 import logging
