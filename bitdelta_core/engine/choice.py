@@ -8,17 +8,24 @@ from bitdelta_core.engine.api import FinishReason, PositionLogprobs, TokenEvent,
 from bitdelta_core.engine.detokenizer import Detokenizer, StopMatcher
 from bitdelta_core.engine.sampler import LogprobRow, Row, RowState, Sample
 from bitdelta_core.engine.sequence import Sequence
-from bitdelta_core.engine.vocabulary import Vocabulary
+from bitdelta_core.engine.variants import Variant
 
 
 class Choice:
     """What is known of one sequence beside its tokens and blocks."""
 
-    def __init__(self, seq: Sequence, vocabulary: Vocabulary, *, seed: int) -> None:
-        params, prompt = seq.request.params, seq.request.prompt_token_ids
+    def __init__(self, seq: Sequence, variant: Variant, *, seed: int) -> None:
+        vocabulary, params, prompt = variant.vocabulary, seq.request.params, seq.request.prompt_token_ids
         self.seq = seq
         self._vocabulary = vocabulary
-        self._state = RowState(params, prompt=prompt, stop_ids=vocabulary.stop_ids, seed=seed, index=seq.index)
+        self._state = RowState(
+            params,
+            prompt=prompt,
+            vocab_size=variant.vocab_size,
+            stop_ids=vocabulary.stop_ids,
+            seed=seed,
+            index=seq.index,
+        )
         decode = vocabulary.decode if params.skip_special_tokens else vocabulary.decode_all
         self._text = Detokenizer(decode, prompt)
         self._stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)

@@ -180,7 +180,7 @@ class EngineCore:
                 leader=leader,
             )
             leader = leader or seq
-            choice = Choice(seq, variant.vocabulary, seed=job.seed)
+            choice = Choice(seq, variant, seed=job.seed)
             job.choices.append(choice)
             self._choices[seq] = (job, choice)
             self.scheduler.add(seq)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta.format import open_delta
+from bitdelta_core.delta.format import DeltaReader, open_delta
 from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.config import EngineConfig, plan_memory
 from bitdelta_core.engine.core import EngineCore
@@ -20,7 +20,7 @@ from bitdelta_core.engine.sources import DeltaFiles, DeltaSource
 from bitdelta_core.engine.variants import Variant
 from bitdelta_core.engine.vocabulary import Vocabularies
 from bitdelta_core.models.config import ModelConfig
-from bitdelta_core.models.decoder import Decoder
+from bitdelta_core.models.decoder import Decoder, kv_bytes_per_block
 from bitdelta_core.models.variant import VariantLayout, VariantWeights
 
 
@@ -29,31 +29,34 @@ class LoadedBase:
 
     def __init__(self, path: Path, config: EngineConfig, source: DeltaSource | None) -> None:
         checkpoint = Checkpoint(path)
+        self.decoder = Decoder.load(checkpoint, device=config.torch_device, dtype=config.torch_dtype)
         self.sha256 = checkpoint.sha256()
         self.shapes = {name: checkpoint.shape(name) for name in checkpoint.names}
-        self.decoder = Decoder.load(path, device=config.torch_device, dtype=config.torch_dtype)
         self.files = DeltaFiles(source, retry_s=config.delta_retry_s)
         self.vocabularies = Vocabularies(path, self.files.locate)
-        self.memory = plan_memory(config, block_bytes=_block_bytes(self.decoder.config, config))
+        block_bytes = kv_bytes_per_block(self.decoder.config, config.block_size, config.torch_dtype)
+        self.memory = plan_memory(config, block_bytes=block_bytes)
         self.variant = _variant(self.decoder.config, self.vocabularies, None)
 
     def open(self, delta: str) -> OpenedVariant:
         """Fetch, validate and plan one delta. Blocks; runs in a loader thread."""
         reader = open_delta(self.files.locate(delta), expected_base_sha256=self.sha256, base_shapes=self.shapes)
-        layout = VariantLayout.plan(reader, self.decoder.config)
-        return OpenedVariant(layout, _variant(layout.config, self.vocabularies, delta))
+        layout = VariantLayout.plan(reader.config, self.decoder.config, self.memory.dtype, self.memory.device)
+        return OpenedVariant(reader, layout, self.decoder, _variant(layout.config, self.vocabularies, delta))
 
 
 class OpenedVariant:
-    """Joins a delta's layout to how its requests are read and written."""
+    """A delta that is here and valid: what it needs in the slab, and how its requests are read and written."""
 
-    def __init__(self, layout: VariantLayout, variant: Variant) -> None:
+    def __init__(self, reader: DeltaReader, layout: VariantLayout, decoder: Decoder, variant: Variant) -> None:
+        self._reader = reader
         self._layout = layout
+        self._decoder = decoder
         self.nbytes = layout.nbytes
         self.variant = variant
 
     def fill(self, host: torch.Tensor) -> None:
-        self._layout.fill(host)
+        self._layout.fill(self._reader, host, self._decoder)
 
     def view(self, extent: torch.Tensor) -> VariantWeights:
         return self._layout.view(extent)
@@ -88,10 +91,4 @@ def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None])
 
 
 def _variant(config: ModelConfig, vocabularies: Vocabularies, delta: str | None) -> Variant:
-    return Variant(config.max_position_embeddings, config.vocab_size, vocabularies.get(delta))
-
-
-def _block_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """K and V of one block in all layers."""
-    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    return per_token * config.block_size * config.torch_dtype.itemsize
+    return Variant(config.context_len, config.vocab_size, vocabularies.get(delta))

@@ -166,7 +166,7 @@ class Residency:
         self._stale = True
 
     def blocked(self) -> tuple[float, int] | None:
-        """When pins keep the head of the line out of the slab: for how many seconds, and its oldest waiter's arrival."""
+        """When pins keep the head of the line out of the slab: since how many seconds, and its oldest waiter."""
         line = self._line(State.IN_HOST)
         if self._blocked_since is None or not line or not line[0].waiters:
             return None

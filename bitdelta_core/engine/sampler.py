@@ -48,13 +48,22 @@ class RowState:
     """What sampling one sequence needs: its parameters, its random stream and the counts behind its penalties."""
 
     def __init__(
-        self, params: SamplingParams, *, prompt: Sequence[int], stop_ids: frozenset[int], seed: int, index: int
+        self,
+        params: SamplingParams,
+        *,
+        prompt: Sequence[int],
+        vocab_size: int,
+        stop_ids: frozenset[int],
+        seed: int,
+        index: int,
     ) -> None:
         self.params = params
         self.greedy = params.temperature == 0
         self._prompt = prompt
+        self._vocab_size = vocab_size
         self._key = struct.pack("<QI", seed % 2**64, index)
-        self._stop_ids = torch.tensor(sorted(stop_ids | set(params.stop_token_ids)), dtype=torch.int64)
+        never = sorted(i for i in stop_ids | set(params.stop_token_ids) if i < vocab_size)
+        self._stop_ids = torch.tensor(never, dtype=torch.int64)
         self._bias_ids = torch.tensor(list(params.logit_bias.keys()), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         self._counts_V: torch.Tensor | None = None
@@ -78,12 +87,12 @@ class RowState:
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
     def shape(self, logits_V: torch.Tensor, generated: Sequence[int]) -> None:
-        """Bias, min_tokens and penalties, in place."""
+        """Bias, min_tokens and penalties, in place. The row may be padded beyond the variant's vocabulary."""
+        logits_V = logits_V[: self._vocab_size]
         if self.params.logit_bias:
-            inside = self._bias_ids < logits_V.shape[0]
-            logits_V.index_add_(0, self._bias_ids[inside].to(logits_V.device), self._bias[inside].to(logits_V.device))
+            logits_V.index_add_(0, self._bias_ids.to(logits_V.device), self._bias.to(logits_V.device))
         if len(generated) < self.params.min_tokens:
-            logits_V[self._stop_ids[self._stop_ids < logits_V.shape[0]].to(logits_V.device)] = NEVER
+            logits_V[self._stop_ids.to(logits_V.device)] = NEVER
         if self._penalises:
             self._penalise(logits_V, generated)
 

@@ -1,7 +1,8 @@
 """The thread that steps an EngineCore, and the thread-safe ways to talk to it.
 
-It owns all of the core's state and never waits for a file, a tokenizer or a consumer. Callers reach it through an inbox;
-it answers through each request's `deliver`. An exception in the loop ends everything: all requests get EngineDead.
+It owns all of the core's state and never waits for a file, a tokenizer or a consumer. Callers reach it through an
+inbox; it answers through each request's `deliver`, at the end of a step, when `stats()` already knows of the step.
+An exception in the loop ends everything: all requests get EngineDead.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class EngineThread:
         self._seed = seed
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox: list[tuple[Deliver, TokenEvent | BitDeltaError]] = []
         self._mailbox = Mailbox()
         self._live: dict[str, int] = {}
         """Request id -> its choices that have not ended."""
@@ -101,7 +103,7 @@ class EngineThread:
         self._live[request.request_id] = request.params.n
 
     def _counting(self, request_id: str, deliver: Deliver) -> Deliver:
-        """`deliver`, which also notes what has ended."""
+        """`deliver` at the end of the step, and note what has ended."""
 
         def wrapped(event: TokenEvent | BitDeltaError) -> None:
             if isinstance(event, BitDeltaError) or event.finish_reason is not None:
@@ -109,7 +111,7 @@ class EngineThread:
                     left = self._live.pop(request_id, 1) - 1
                     if left and not isinstance(event, BitDeltaError):
                         self._live[request_id] = left
-            deliver(event)
+            self._outbox.append((deliver, event))
 
         return wrapped
 
@@ -133,8 +135,7 @@ class EngineThread:
         while not self._inbox.empty():
             self._inbox.get()()
         busy = self._core.step()
-        self._stats = self._core.stats()
-        self._mailbox.flush()
+        self._hand_over()
         if not busy:
             self._wake.wait()
 
@@ -148,5 +149,11 @@ class EngineThread:
             self._inbox.get()()
         self._core.end_all(dead)
         self._core.residency.close()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
         self._stats = self._core.stats()
+        for deliver, event in self._outbox:
+            deliver(event)
+        self._outbox.clear()
         self._mailbox.flush()

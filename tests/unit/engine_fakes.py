@@ -79,7 +79,8 @@ class FakeDecoder:
     def _salt(self, batch: Batch, slot: int) -> int:
         if slot < 0:
             return BASE_SALT
-        extent = batch.variants[slot].vectors["extent"]
+        extent = batch.variants[slot].vectors
+        assert extent is not None
         assert (extent == extent[0]).all(), "an extent was overwritten in part"
         return int(extent[0])
 
@@ -115,7 +116,7 @@ class FakeDelta:
         host.fill_(self._salt)
 
     def view(self, extent: torch.Tensor) -> VariantWeights:
-        return VariantWeights(config=None, linears={}, vectors={"extent": extent})  # pyright: ignore[reportArgumentType]
+        return VariantWeights(config=None, linears={}, vectors=extent)  # pyright: ignore[reportArgumentType]
 
 
 class FakeSource:

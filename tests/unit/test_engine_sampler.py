@@ -23,7 +23,7 @@ PROMPT = (3, 5, 5, 7)
 
 
 def row(params: SamplingParams, *, seed: int = 0, generated: tuple[int, ...] = (), index: int = 0) -> Row:
-    state = RowState(params, prompt=PROMPT, stop_ids=frozenset({2}), seed=seed, index=index)
+    state = RowState(params, prompt=PROMPT, vocab_size=VOCAB, stop_ids=frozenset({2}), seed=seed, index=index)
     return Row(state, generated, len(PROMPT) + len(generated))
 
 
@@ -89,15 +89,15 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_the_order() -> None:
 
 
 def test_seed_choice_and_position_each_change_the_draw() -> None:
-    state = RowState(SamplingParams(), prompt=PROMPT, stop_ids=frozenset(), seed=7, index=0)
-    other_seed = RowState(SamplingParams(), prompt=PROMPT, stop_ids=frozenset(), seed=8, index=0)
-    other_choice = RowState(SamplingParams(), prompt=PROMPT, stop_ids=frozenset(), seed=7, index=1)
+    state = RowState(SamplingParams(), prompt=PROMPT, vocab_size=VOCAB, stop_ids=frozenset(), seed=7, index=0)
+    other_seed = RowState(SamplingParams(), prompt=PROMPT, vocab_size=VOCAB, stop_ids=frozenset(), seed=8, index=0)
+    other_choice = RowState(SamplingParams(), prompt=PROMPT, vocab_size=VOCAB, stop_ids=frozenset(), seed=7, index=1)
     assert len({state.uniform(1), state.uniform(2), other_seed.uniform(1), other_choice.uniform(1)}) == 4
     assert state.uniform(1) == state.uniform(1)
 
 
 def test_uniform_numbers_are_uniform() -> None:
-    state = RowState(SamplingParams(), prompt=PROMPT, stop_ids=frozenset(), seed=-3, index=0)
+    state = RowState(SamplingParams(), prompt=PROMPT, vocab_size=VOCAB, stop_ids=frozenset(), seed=-3, index=0)
     draws = torch.tensor([state.uniform(i) for i in range(4000)])
     assert draws.min() >= 0
     assert draws.max() < 1
@@ -125,7 +125,7 @@ def test_penalties_are_those_of_vllm_and_transformers() -> None:
 def test_counts_grow_with_the_sequence() -> None:
     """Step by step with one state gives what a fresh state gives: nothing is counted twice or missed."""
     params = SamplingParams(temperature=0, frequency_penalty=1.0, logprobs=3)
-    state = RowState(params, prompt=PROMPT, stop_ids=frozenset(), seed=0, index=0)
+    state = RowState(params, prompt=PROMPT, vocab_size=VOCAB, stop_ids=frozenset(), seed=0, index=0)
     generated: list[int] = []
     for step in range(6):
         given = logits(1, seed=step)
@@ -174,6 +174,20 @@ def test_a_poisoned_row_is_marked_and_harms_no_other(poison: float, temperature:
     drawn = sample(given, [row(SamplingParams(temperature=temperature), seed=s) for s in range(3)])
     assert [s.finite for s in drawn] == [True, False, True]
     assert (drawn[0], drawn[2]) == (clean[0], clean[2])
+
+
+def test_penalties_of_a_smaller_vocabulary_in_rows_of_changing_width() -> None:
+    """The width follows the batch's largest vocabulary, which changes from step to step."""
+    params = SamplingParams(temperature=0, repetition_penalty=1.5, logit_bias={40: 3.0}, min_tokens=9, logprobs=4)
+    state = RowState(params, prompt=PROMPT, vocab_size=VOCAB, stop_ids=frozenset({2, 60}), seed=0, index=0)
+    generated: list[int] = []
+    for step, width in enumerate((VOCAB, 70, 55)):
+        given = torch.full((1, width), float("-inf"))
+        given[:, :VOCAB] = logits(1, seed=step)
+        [padded] = sample(given, [Row(state, generated, 4 + step)])
+        [plain] = sample(logits(1, seed=step), [row(params, generated=tuple(generated))])
+        assert padded == plain
+        generated.append(padded.token_id)
 
 
 def test_a_smaller_vocabulary_is_padded_with_minus_infinity() -> None:

@@ -1,0 +1,89 @@
+"""A tiny base with one variant of every kind, and what transformers answers for each once it is restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitdelta_core.delta.compress import compress
+from bitdelta_core.delta.planning import CompressOptions
+from bitdelta_core.delta.restore import restore
+from tests.tiny import make_base, make_finetune
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROPE = {
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+}
+KINDS: dict[str, tuple[CompressOptions, dict[str, Any]]] = {
+    "bitdelta-tensor": (CompressOptions(scale_layout="tensor", embeddings="exact"), {"only": "proj"}),
+    "bitdelta-row": (CompressOptions(scale_layout="row"), {}),
+    "bitdelta-row-col-int8": (CompressOptions(scale_layout="row_col", embeddings="int8"), {}),
+    "three-bits-int2": (CompressOptions(bits=3, embeddings="int2"), {}),
+    "dense": (CompressOptions(codec="dense", embeddings="exact"), {}),
+    "more-vocabulary": (CompressOptions(embeddings="int4"), {"new_tokens": ("<|user|>", "<|end|>", "<|x|>")}),
+    "more-rows": (CompressOptions(embeddings="exact"), {"only": "mlp", "new_tokens": ("<|user|>",)}),
+    "rope": (CompressOptions(embeddings="exact"), {"only": "norm", "config": ROPE}),
+    "empty": (CompressOptions(), {"only": "nothing"}),
+}
+
+
+@dataclass
+class Zoo:
+    root: Path
+    family: str = "llama"
+
+    @cached_property
+    def base(self) -> Path:
+        return make_base(self.root / "base", self.family)
+
+    @cached_property
+    def deltas(self) -> dict[str, Path]:
+        """Kind -> delta directory."""
+        found = {}
+        for seed, (kind, (options, changes)) in enumerate(KINDS.items(), start=1):
+            fine = make_finetune(self.base, self.root / f"fine-{kind}", seed=seed, scale=0.3, **changes)
+            found[kind] = compress(self.base, fine, self.root / f"delta-{kind}", options)
+        self._make_adapter(self.root / "adapter")
+        found["lora"] = compress(self.base, self.root / "adapter", self.root / "delta-lora")
+        return found
+
+    def _make_adapter(self, path: Path) -> None:
+        torch.manual_seed(4)
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, target_modules=LINEARS))
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        wrapped.save_pretrained(path)
+
+    def reference(self, kind: str | None) -> Any:
+        """The restored variant in transformers, float32."""
+        if kind not in self._references:
+            path = self.base if kind is None else self.root / f"restored-{kind}"
+            if kind is not None:
+                restore(self.base, self.deltas[kind], path, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            model.generation_config.eos_token_id = None
+            self._references[kind] = model
+        return self._references[kind]
+
+    @cached_property
+    def _references(self) -> dict[str | None, Any]:
+        return {}
+
+    def answer(self, kind: str | None, prompt: Sequence[int], count: int) -> list[int]:
+        """What transformers generates greedily."""
+        ids = torch.tensor([list(prompt)])
+        out = self.reference(kind).generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        return out[0, len(prompt) :].tolist()
