@@ -66,6 +66,10 @@ class Checkpoint:
         """safetensors' lazy slice: `[a:b]` reads only those rows."""
         return self._open(self._file_of(name)).get_slice(name)
 
+    def release(self) -> None:
+        """Let go of the mapped files: what was read stops counting as this process's memory once no tensor holds it."""
+        self._handles.clear()
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.get_slice(name).get_shape())
 
@@ -92,7 +96,9 @@ class Checkpoint:
     def _hash_line(self, name: str) -> str:
         tensor = self.get(name).contiguous()
         raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-        return f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+        line = f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+        self.release()
+        return line
 
     def _fingerprint(self) -> str:
         parts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._weight_files()]

@@ -117,9 +117,11 @@ def base_name(name: str, base: Any) -> str:
 
 
 def _read_config(path: Path) -> bytes:
+    file = path / CONFIG_FILE
     try:
-        with (path / CONFIG_FILE).open("rb") as stream:
-            return stream.read(MAX_CONFIG_BYTES + 1)
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise DeltaFormatError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes", delta=str(path))
+        return file.read_bytes()
     except OSError as error:
         raise DeltaFormatError(f"{CONFIG_FILE} cannot be read: {error.strerror}", delta=str(path)) from error
 

@@ -45,6 +45,11 @@ class Pairing:
     def fine_tensor(self, name: str) -> torch.Tensor:
         return self.fine.get(EMBEDDING if name == HEAD and is_tied(self.fine) else name)
 
+    def release(self) -> None:
+        """Let go of the mapped files; see `Checkpoint.release`."""
+        self.base.release()
+        self.fine.release()
+
     def overrides(self) -> dict[str, Any]:
         """Config overrides of the variant."""
         overrides = config_overrides(self.base.config, self.fine.config, ignore=_IGNORED_KEYS)
@@ -66,6 +71,7 @@ class Pairing:
             raise CheckpointError(f"tensor {name} is in {where.path} but not in {other.path}")
         for name in self.names:
             self._check_pair(name)
+        self.release()
 
     def _check_pair(self, name: str) -> None:
         base, fine = self.base_tensor(name), self.fine_tensor(name)

@@ -75,8 +75,9 @@ class FineTune:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, entry: TensorEntry) -> Parts:
-        base, fine = self.pairing.base_tensor(entry.name), self.pairing.fine_tensor(entry.name)
-        return encode(entry, base, fine)[1]
+        parts = encode(entry, self.pairing.base_tensor(entry.name), self.pairing.fine_tensor(entry.name))[1]
+        self.pairing.release()
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ def plan_finetune(base: Checkpoint, fine: Checkpoint, options: CompressOptions) 
     options.check()
     pairing = Pairing(base, fine)
     pairing.check()
-    planned = (_plan_tensor(n, pairing.base_tensor(n), pairing.fine_tensor(n), options) for n in pairing.names)
+    planned = [_plan_tensor(name, pairing, options) for name in pairing.names]
     return FineTune(
         pairing=pairing,
         codec=options.codec,
@@ -160,7 +161,9 @@ def differs(base: torch.Tensor, fine: torch.Tensor) -> bool:
     return any(bool((base[i : i + _CHUNK] != fine[i : i + _CHUNK]).any()) for i in starts)
 
 
-def _plan_tensor(name: str, base: torch.Tensor, fine: torch.Tensor, options: CompressOptions) -> TensorEntry | None:
+def _plan_tensor(name: str, pairing: Pairing, options: CompressOptions) -> TensorEntry | None:
+    base, fine = pairing.base_tensor(name), pairing.fine_tensor(name)
+    pairing.release()
     if not differs(base, fine):
         return None
     shape, dtype = tuple(fine.shape), _stored_dtype(fine, options)

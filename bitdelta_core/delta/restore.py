@@ -102,6 +102,7 @@ def _write_weights(work: Path, variant: Variant, shard_bytes: int, progress: Pro
                 progress(len(weight_map), len(names), name)
                 stream.seek(extent.start)
                 stream.write(raw_bytes(variant.get(name)))
+                variant.base.release()
                 weight_map[name] = file
     progress(len(names), len(names), "")
     if len(files) > 1:

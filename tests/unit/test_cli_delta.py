@@ -1,0 +1,123 @@
+"""The delta commands, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.delta.format import open_delta
+from bitdelta_core.errors import BitDeltaError, InvalidRequest
+from deployments import cli
+from deployments.cli import app
+from tests.tiny import make_base, make_finetune
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base") / "base", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def fine(base: Path) -> Path:
+    return make_finetune(base, base.parent / "fine", scale=0.2, new_tokens=("<|x|>",))
+
+
+@pytest.fixture(scope="module")
+def delta(base: Path, fine: Path) -> Path:
+    out = base.parent / "delta"
+    assert run("compress", base, fine, out, "--no-distill", "--scale", "row_col", "--bits", 2).exit_code == 0
+    return out
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def refusal(*words: object) -> BitDeltaError:
+    result = run(*words)
+    assert isinstance(result.exception, BitDeltaError), result.output
+    return result.exception
+
+
+def test_compress_obeys_its_flags(base: Path, delta: Path) -> None:
+    config = open_delta(delta).config
+    signs = [e for e in config.tensors.values() if e.codec == "bitdelta"]
+    assert {(e.planes, e.scale_layout) for e in signs} == {(2, "row_col")}
+    assert "distillation" not in config.provenance
+    assert config.base_model_name_or_path == base.name
+
+
+def test_compress_distils_by_default_and_names_the_base(base: Path, fine: Path, tmp_path: Path) -> None:
+    words = ("--distill-steps", 2, "--distill-batch", 1, "--distill-length", 8, "--base-name", "acme/base")
+    text = tmp_path / "text.txt"
+    text.write_text("some words of our own " * 9)
+    result = run("compress", base, fine, tmp_path / "out", *words, "--revision", "r1", "--calibration", text)
+    assert result.exit_code == 0, result.output
+    config = open_delta(tmp_path / "out").config
+    assert config.provenance["distillation"]["steps"] == 2
+    assert config.provenance["distillation"]["calibration"] == "text.txt"
+    assert (config.base_model_name_or_path, config.revision) == ("acme/base", "r1")
+
+
+def test_inspect_says_the_same_to_people_and_programs(delta: Path) -> None:
+    facts = json.loads(run("inspect", delta, "--json").output)
+    assert facts["nbytes"] == sum(f.stat().st_size for f in delta.iterdir())
+    text = run("inspect", delta).output
+    assert f"{facts['nbytes']:,} bytes" in text
+    assert f"{facts['ratio']:.2f} times smaller" in text
+    assert f"{facts['linear_bits_per_weight']:.3f} in the linears" in text
+
+
+def test_restore_and_verify(base: Path, fine: Path, delta: Path, tmp_path: Path) -> None:
+    assert run("restore", base, delta, tmp_path / "back", "--dtype", "bfloat16").exit_code == 0
+    assert Checkpoint(tmp_path / "back").config["dtype"] == "bfloat16"
+    result = run("verify", base, delta, "--against", fine)
+    assert result.exit_code == 0
+    assert "sound" in result.output
+    assert "model.layers.0.mlp.up_proj.weight" in result.output
+
+
+def test_a_foreseen_error_is_one_line_on_stderr(
+    base: Path, delta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_base(tmp_path / "other", seed=3, num_hidden_layers=1)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["bitdelta", "verify", str(other), str(delta)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("bitdelta: made from the base")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--codec", "lora"), "no PEFT adapter"),
+        (("--codec", "dense", "--bits", "2"), "bits"),
+        (("--codec", "dense", "--distill"), "distill"),
+        (("--codec", "dense", "--distill-steps", "5"), "steps"),
+        (("--no-distill", "--distill-lr", "0.1"), "lr"),
+        (("--bits", "17", "--no-distill"), "bits"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    base: Path, fine: Path, tmp_path: Path, flags: tuple[str, ...], named: str
+) -> None:
+    error = refusal("compress", base, fine, tmp_path / "out", *flags)
+    assert isinstance(error, InvalidRequest)
+    assert named in str(error)
+
+
+def test_hub_ids_are_explained(fine: Path, tmp_path: Path) -> None:
+    assert "hf download" in str(refusal("compress", "meta-llama/Llama-3.2-1B", fine, tmp_path / "out"))
+
+
+def test_unknown_values_are_usage_errors(base: Path, fine: Path, tmp_path: Path) -> None:
+    assert run("compress", base, fine, tmp_path / "out", "--codec", "zip").exit_code == 2

@@ -1,0 +1,20 @@
+"""Compressing holds one parameter at a time: twelve times the depth takes no more memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compress_memory.py"
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    out = tmp_path / "memory.jsonl"
+    command = [sys.executable, SCRIPT, "--depths", "4", "48", "--hidden", "256", "--out", out]
+    subprocess.run(command, check=True, capture_output=True, env=None, cwd=SCRIPT.parents[1])
+    shallow, deep = (json.loads(line)["bytes"] for line in out.read_text().splitlines())
+    added = deep["checkpoint"] - shallow["checkpoint"]
+    assert added > 48 * 2**20
+    assert deep["anonymous"] - shallow["anonymous"] < 0.2 * added, (shallow, deep)
