@@ -92,7 +92,7 @@ def swift(root: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 def ours(store: BlobStore, manifest: Manifest, root: Path) -> tuple[dict[str, Way], Callable[[], object]]:
-    """The fetcher alone, and the whole path through the disk cache (reserve, fsync, rename, link); how to empty that."""
+    """The fetcher alone, and the whole path through the disk cache (reserve, fsync, rename, link); what empties it."""
     entry = manifest.files[0]
     repository = Repository(store, DiskCache(root / f"cache-{manifest.name}", 2 * entry.nbytes))
 

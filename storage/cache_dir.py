@@ -1,9 +1,9 @@
 """The disk cache's directory: what is in it, what it takes up, and taking things out of it.
 
-    <root>/lock                       held while room is made and while something is moved in or out
-    <root>/blobs/<ab>/<sha256>        a whole, verified, read-only file
-    <root>/deltas/<delta_sha256>/...  one delta: hard links to its blobs, under the names in its manifest
-    <root>/work/<session>/...         one open cache's half-written things; its `lock` is held while the cache lives
+    lock                       held while room is made and while something is moved in or out
+    blobs/<ab>/<sha256>        a whole, verified, read-only file
+    deltas/<delta_sha256>/...  one delta: hard links to its blobs, under the names in its manifest
+    work/<session>/...         one open cache's half-written things; its `lock` is held while the cache lives
 
 There is no index beside the file system, so none can disagree with it: a blob is in use while its link count is above
 one, recency is the delta directory's modification time, room taken is the sum of file sizes, and a lease is a shared
