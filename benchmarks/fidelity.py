@@ -82,11 +82,15 @@ class Way:
     scale: str | None = None
     bits: int | None = None
     distill: bool = False
+    embeddings: str | None = None
+    """None: as --embeddings says."""
 
 
 def ways(all_bits: Sequence[int], *, short: bool) -> Iterator[Way]:
     """The grid; `short` distils one bit in every layout, more bits with row scales only."""
     yield Way("dense")
+    for embeddings in ("int8", "int4", "int2"):
+        yield Way("dense", embeddings=embeddings)
     for bits in all_bits:
         for scale in LAYOUTS:
             yield Way("bitdelta", scale, bits)
@@ -239,7 +243,7 @@ class Bench:
     def _compress(self, way: Way, source: Path, fine: Path, out: Path) -> Path:
         if way.codec == "lora":
             return compress(self.args.base, source, out)
-        coding: dict[str, Any] = {"codec": way.codec, "embeddings": self.args.embeddings}
+        coding: dict[str, Any] = {"codec": way.codec, "embeddings": way.embeddings or self.args.embeddings}
         if way.scale:
             coding |= {"scale_layout": way.scale, "bits": way.bits}
         return compress(
@@ -290,7 +294,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help="documents of --text")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--embeddings", default="auto", choices=["auto", "exact", "int8", "int4", "int2"])
-    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4], help="sign planes to try")
+    parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4], help="sign planes to try")
     parser.add_argument("--short", action="store_true", help="distil more than one bit with row scales only")
     defaults = DistillOptions()
     parser.add_argument("--distill-steps", type=int, default=defaults.steps)

@@ -30,7 +30,7 @@ class CompressOptions:
 
     codec: Literal["bitdelta", "dense"] = "bitdelta"
     """Of the linears."""
-    scale_layout: ScaleLayout = "row"
+    scale_layout: ScaleLayout = "row_col"
     bits: int = 1
     """Sign planes, 1 to 16."""
     embeddings: Embeddings = "auto"

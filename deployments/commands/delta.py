@@ -69,7 +69,7 @@ def compress(
     codec: Annotated[
         CodecName | None, typer.Option(help="Of the linears. (default: bitdelta; lora for an adapter)")
     ] = None,
-    scale: Annotated[Scale | None, typer.Option(help="Scales of the signs. (default: row)")] = None,
+    scale: Annotated[Scale | None, typer.Option(help="Scales of the signs. (default: row_col)")] = None,
     bits: Annotated[int | None, typer.Option(help="Sign planes, 1 to 16. (default: 1)")] = None,
     embeddings: Annotated[
         EmbeddingCodec | None, typer.Option(help="Embedding and head; auto: changed rows, or int4. (default: auto)")
