@@ -15,8 +15,18 @@ from bitdelta_core.models.rope import RopeConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SHAPE_FIELDS = (
-    "family hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim "
-    "qkv_bias o_bias mlp_bias qk_norm windows".split()
+    "family",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "qkv_bias",
+    "o_bias",
+    "mlp_bias",
+    "qk_norm",
+    "windows",
 )
 
 
@@ -49,7 +59,7 @@ class ModelConfig:
 
     @property
     def context_len(self) -> int:
-        """Longest sequence, prompt and answer together. Dynamic rope stretches max_position_embeddings by its factor."""
+        """Longest sequence, prompt and answer together; dynamic rope stretches it by its factor."""
         return int(self.max_position_embeddings * (self.rope.factor if self.rope.kind == "dynamic" else 1))
 
     @property

@@ -1,4 +1,4 @@
-"""Where each Hugging Face parameter lives in the decoder: which fused linear and row, or where in the block of vectors."""
+"""Where each Hugging Face parameter lives in the decoder: in a fused linear, or in the block of vectors."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ Agrees with transformers' `modeling_rope_utils` for default, linear, llama3 and 
 a KV cache forces a choice. transformers recomputes the frequencies from the longest position that it has seen, so keys
 in its cache were rotated with several sets, and a prompt longer than max_position_embeddings is rotated with the set of
 its whole length. Here the row at position p always uses the set of length max(p + 1, max_position_embeddings): equal to
-transformers' `generate` for every prompt within max_position_embeddings, however far it then grows; different for longer
-prompts. In return a row's keys depend on nothing but its position: not on chunking, prefix-cache hits or neighbours.
+transformers' `generate` for every prompt within max_position_embeddings, however far it then grows; different for
+longer prompts. In return a row's keys depend on its position alone: not on chunking, prefix-cache hits or neighbours.
 
 Not covered: longrope, partial rotary factors, per-layer rope parameters; `from_hf` refuses them.
 """
@@ -117,8 +117,10 @@ def _positive(fields: Mapping[str, Any], name: str, default: float | None = None
 def cos_sin(
     configs: tuple[RopeConfig, ...], config_of_row_T: torch.Tensor | None, positions_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, dim] float32, both halves, times the attention factor. `config_of_row_T` indexes `configs`; None: all
-    rows have configs[0]."""
+    """cos and sin [T, dim] float32, both halves, times the attention factor.
+
+    `config_of_row_T` indexes `configs`; None: all rows have configs[0].
+    """
     if config_of_row_T is None:
         angles = positions_T[:, None].float() * _frequencies(configs[0], positions_T)
         scale: float | torch.Tensor = configs[0].attention_factor

@@ -1,4 +1,4 @@
-"""What all layers of one step share, worked out once: rope, attention plans, which rows have which vectors and deltas."""
+"""What all layers of one step share, worked out once: rope, attention plans, each row's vectors and deltas."""
 
 from __future__ import annotations
 

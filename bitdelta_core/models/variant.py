@@ -3,8 +3,8 @@
 From a delta to slab bytes: which tensors in which form at which offset (pure), filling them, and viewing them.
 
 Forms: signs and quantised differences stay packed, or one byte per value where `expand` is chosen (CPUs: 8, 4, 2 or 1
-times the packed bytes, several times faster). The sign matrices of a fused linear become one. Low-rank factors carry the
-adapter's scaling in B. Whole matrices become differences to the base. Rows and vectors are whole values.
+times the packed bytes, several times faster). The sign matrices of a fused linear become one. Low-rank factors carry
+the adapter's scaling in B. Whole matrices become differences to the base. Rows and vectors are whole values.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ from typing import Literal
 
 import torch
 
-from kernels.delta_linear import reference, torch_dense, torch_int8
+from kernels.delta_linear import reference, torch_dense, torch_digits, torch_int8
 from kernels.deltas import Int8Delta, LinearDelta, Placed, RowsDelta
 from kernels.segments import Segment
 
-Impl = Literal["reference", "int8pack", "dense"]
-INT8PACK_MAX_ROWS = 8
+Impl = Literal["reference", "int8pack", "digits", "dense"]
+INT8PACK_MAX_ROWS, DIGITS_MAX_ROWS = 8, 64
+LARGE = 2**19
 
 
 def delta_linear_(
@@ -28,35 +29,63 @@ def delta_linear_(
     Args:
         y_TN: the base's product; columns that the base does not have (a larger vocabulary) hold zeros.
         deltas: slot -> its deltas; a slot without any is left out. Several deltas of one place add up, but RowsDelta
-            replaces what stands in its columns and must come first.
+            replaces what stands in its columns.
         segments: need not cover y; slots without deltas are passed over.
         impl: which implementation; None lets `choose` decide per delta.
     """
-    for segment in segments:
-        placed = deltas.get(segment.slot)
-        if placed:
-            rows = slice(segment.start, segment.stop)
-            _add(y_TN[rows], x_TK[rows], placed, impl)
-
-
-def choose(x_RK: torch.Tensor, delta: LinearDelta) -> Impl:
-    """int8pack: bytes on a CPU, bfloat16, few rows: one pass over the bytes, 16 us where expanding and multiplying takes
-    100 (1024 x 384, one row). Beyond 8 rows, in other dtypes and on a GPU: expand to the compute dtype, then a GEMM,
-    which is exact in that dtype."""
-    few = x_RK.shape[0] <= INT8PACK_MAX_ROWS and x_RK.device.type == "cpu" and x_RK.dtype == torch.bfloat16
-    return "int8pack" if few and isinstance(delta, Int8Delta) else "dense"
-
-
-def _add(y_RN: torch.Tensor, x_RK: torch.Tensor, placed: Sequence[Placed], impl: Impl | None) -> None:
-    for start, delta in placed:
-        if isinstance(delta, RowsDelta):
-            y_RN.index_copy_(1, delta.index_R + start if start else delta.index_R, x_RK @ delta.value_RK.T)
-            continue
-        product = _PRODUCTS[impl or choose(x_RK, delta)](x_RK, delta)
-        if product.shape[1] == y_RN.shape[1]:
-            y_RN.add_(product)
-        else:
+    active = [s for s in segments if deltas.get(s.slot)]
+    inputs = _Inputs(x_TK)
+    for segment in active:
+        y_RN, x_RK = y_TN[segment.start : segment.stop], x_TK[segment.start : segment.stop]
+        for start, delta in deltas[segment.slot]:
+            if isinstance(delta, RowsDelta):
+                y_RN.index_copy_(1, delta.index_R + start, x_RK @ delta.value_RK.T)
+                continue
+            product = _product(impl or choose(x_RK, delta, len(active)), inputs, segment, x_RK, delta)
             y_RN[:, start : start + product.shape[1]].add_(product)
 
 
-_PRODUCTS = {"reference": reference.product, "int8pack": torch_int8.product, "dense": torch_dense.product}
+def choose(x_RK: torch.Tensor, delta: LinearDelta, sharers: int = 1) -> Impl:
+    """The fastest that is as exact as x's dtype. Times: one core, 1024 x 384 bytes.
+
+    int8pack: bfloat16 on a CPU, up to 8 rows, K a multiple of 32 (the kernel has no tail): each byte is read once, 16 us
+    for a row where expanding and multiplying takes 100.
+    digits: float32 on a CPU with byte products, up to 64 rows, no column scales: two to three times faster than
+    expanding, after 30 us for the digits, which pay off when several segments share them or the matrix is large.
+    dense: everything else. Expand to the compute dtype, then a GEMM.
+    """
+    if not isinstance(delta, Int8Delta) or x_RK.device.type != "cpu":
+        return "dense"
+    rows, inner = x_RK.shape
+    if x_RK.dtype == torch.bfloat16:
+        return "int8pack" if rows <= INT8PACK_MAX_ROWS and inner % 32 == 0 else "dense"
+    worth = sharers > 1 or delta.value_PNK.numel() >= LARGE
+    fits = x_RK.dtype == torch.float32 and rows <= DIGITS_MAX_ROWS and delta.col_PK is None
+    return "digits" if worth and fits and torch_digits.available() else "dense"
+
+
+class _Inputs:
+    """The digits of a batch's rows, made when first needed: of all rows when they are few, else of one segment's."""
+
+    def __init__(self, x_TK: torch.Tensor) -> None:
+        self._x_TK = x_TK
+        self._all: torch_digits.Digits | None = None
+
+    def digits(self, segment: Segment) -> torch_digits.Digits:
+        if self._x_TK.shape[0] > DIGITS_MAX_ROWS:
+            return torch_digits.Digits.of(self._x_TK[segment.start : segment.stop])
+        if self._all is None:
+            self._all = torch_digits.Digits.of(self._x_TK)
+        return self._all.rows(segment.start, segment.stop)
+
+
+def _product(impl: Impl, inputs: _Inputs, segment: Segment, x_RK: torch.Tensor, delta: LinearDelta) -> torch.Tensor:
+    match impl:
+        case "reference":
+            return reference.product(x_RK, delta)
+        case "int8pack":
+            return torch_int8.product(x_RK, delta)
+        case "digits":
+            return torch_digits.product(inputs.digits(segment), delta)
+        case "dense":
+            return torch_dense.product(x_RK, delta)

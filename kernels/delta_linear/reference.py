@@ -1,4 +1,4 @@
-"""The specification of every delta: the matrix that it stands for, in float32, and its product. Nothing else defines it."""
+"""The specification of every delta: the matrix that it stands for, in float32, and its product."""
 
 from __future__ import annotations
 

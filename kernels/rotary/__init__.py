@@ -13,7 +13,7 @@ Impl = Literal["reference", "roll"]
 
 def rotary_(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, *, impl: Impl | None = None) -> None:
     """x becomes x * cos + rotate_half(x) * sin. cos and sin [T, D], in x's dtype, hold the first half twice but for the
-    sign: the first half of `sin` is negated (`signed_sin`), which saves a negation per layer. `roll` serves every device.
+    sign: the first half of `sin` is negated (`signed_sin`), saving a negation per layer. `roll` serves all devices.
     """
     run = reference.rotary_ if impl == "reference" else torch_roll.rotary_
     run(x_THD, cos_TD, sin_TD)
