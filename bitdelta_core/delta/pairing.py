@@ -71,7 +71,7 @@ class Pairing:
             raise CheckpointError(f"tensor {name} is in {where.path} but not in {other.path}")
         for name in self.names:
             self._check_pair(name)
-        self.release()
+            self.release()
 
     def _check_pair(self, name: str) -> None:
         base, fine = self.base_tensor(name), self.fine_tensor(name)

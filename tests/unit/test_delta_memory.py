@@ -17,4 +17,5 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     shallow, deep = (json.loads(line)["bytes"] for line in out.read_text().splitlines())
     added = deep["checkpoint"] - shallow["checkpoint"]
     assert added > 48 * 2**20
-    assert deep["anonymous"] - shallow["anonymous"] < 0.2 * added, (shallow, deep)
+    for kind in ("anonymous", "total"):
+        assert deep[kind] - shallow[kind] < 0.25 * added, (shallow, deep)
