@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.base import BlobStore, CheckedReader
-from storage.errors import Conflict, CorruptBlob, InvalidName, NotFound
+from storage.errors import Conflict, CorruptBlob, InvalidName, InvalidSource, NotFound
 from storage.manifest import FileEntry, Manifest, VariantName
 from storage.source import scan
 
@@ -249,7 +249,11 @@ class Catalog:
             return False
 
     def _send(self, directory: Path, entry: FileEntry, on_bytes: Callable[[int], None]) -> None:
-        with (directory / entry.path).open("rb") as file:
+        try:
+            file = (directory / entry.path).open("rb")
+        except OSError as error:
+            raise InvalidSource(f"{directory / entry.path}: {error.strerror}: did it change?") from error
+        with file:
             body = CheckedReader(file, entry.nbytes, sha256=entry.sha256, on_bytes=on_bytes)
             self.store.put(entry.key, body, entry.nbytes)
 

@@ -312,3 +312,13 @@ class TestRefusals:
         assert catalog.list() == []
         for key in catalog.store.list("blobs/"):
             assert hashlib.sha256(catalog.store.read(key)).hexdigest() == key.rpartition("/")[2]
+
+    def test_a_file_that_vanishes_under_the_upload(self, catalog: Catalog, make: Callable[..., Path]) -> None:
+        directory = make(1)
+
+        def remove(done: int, total: int) -> None:
+            (directory / "delta_config.json").unlink(missing_ok=True)
+
+        with pytest.raises(InvalidSource, match=r"delta_config\.json"):
+            catalog.publish(directory, "acme/x", base_sha256=BASE, on_progress=remove)
+        assert catalog.list() == []
