@@ -48,8 +48,8 @@ def delta_linear_(
 def choose(x_RK: torch.Tensor, delta: LinearDelta, sharers: int = 1) -> Impl:
     """The fastest that is as exact as x's dtype. Times: one core, 1024 x 384 bytes.
 
-    int8pack: bfloat16 on a CPU, up to 8 rows, K a multiple of 32 (the kernel has no tail): each byte is read once, 16 us
-    for a row where expanding and multiplying takes 100.
+    int8pack: bfloat16 on a CPU, up to 8 rows, K a multiple of 32 (the kernel has no tail): each byte is read once,
+    16 us for one row where expanding and multiplying takes 100.
     digits: float32 on a CPU with byte products, up to 64 rows, no column scales: two to three times faster than
     expanding, after 30 us for the digits, which pay off when several segments share them or the matrix is large.
     dense: everything else. Expand to the compute dtype, then a GEMM.

@@ -1,9 +1,9 @@
 """Float32 products with byte deltas in exact integer arithmetic, on CPUs that multiply bytes (AVX-512 VNNI).
 
 Each row of x becomes 24-bit fixed point relative to its largest value, split into three signed bytes ("digits", base
-256); three byte products, summed exactly in int32, put together again. The rounding of x is at most 2^-24 of the
-row's largest value, so the result is nearer to the exact one than a float32 product is. The digits of a batch's rows serve all
-its segments.
+256); three byte products, summed exactly in int32, are put together again. The rounding of x is at most 2^-24 of the
+row's largest value, so the result is nearer to the exact one than a float32 product is. The digits of a batch's rows
+serve all its segments.
 
 Not covered: column scales (they would need digits per plane); CPUs without VNNI, where the 16-bit sums of byte products
 saturate.
