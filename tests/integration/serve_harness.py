@@ -116,13 +116,20 @@ class Server:
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     def stats(self) -> list[EngineStats]:
-        """Of each replica."""
+        """Of each replica that lives."""
         from ray import serve
+        from ray.exceptions import RayActorError
 
         from deployments.client import APP
         from deployments.gateway import REPLICAS as name
 
-        return serve.get_deployment_handle(name, APP).broadcast("stats").results()
+        def ask() -> list[EngineStats]:
+            try:
+                return serve.get_deployment_handle(name, APP).broadcast("stats").results()
+            except RayActorError:
+                return []  # one has just died, and the handle does not know yet
+
+        return wait_for("the replicas to answer", ask)
 
     def idle(self) -> bool:
         """Whether no replica holds anything for anybody."""
@@ -132,10 +139,10 @@ class Server:
 
     @contextmanager
     def store_down(self) -> Iterator[None]:
-        """The repository's file system goes away, as a lost mount does."""
+        """Whatever is read from the repository's file system is an error, and not that it is missing."""
         away = self.repo.with_name("away")
         self.repo.rename(away)
-        self.repo.write_text("")
+        self.repo.symlink_to(self.repo)
         try:
             yield
         finally:
