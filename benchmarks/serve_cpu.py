@@ -2,12 +2,12 @@
 
     python benchmarks/serve_cpu.py --base BASE --variants FINETUNE... [--counts 1 4 16]
 
-The same prompts, the same dtype, greedy, in one run; every answer is checked to be the same before a number is reported.
-At each count V, prompt i goes to variant i mod V. Where fewer fine-tunes are given than the largest count needs, more are
-made from them by adding noise to their weights before compressing, so that every delta is another one.
+The same prompts, the same dtype, greedy, in one run; every answer is compared. At each count V, prompt i goes to
+variant i mod V. Where fewer fine-tunes are given than the largest count needs, more are made from them by adding noise to
+their weights before compressing, so that every delta is another one.
 
-Three ways to serve with transformers, each with the models' loading left out and counted in: `prompts` generates one prompt
-after the other, `batched` all prompts of a variant in one padded batch. Ours answers all prompts together.
+Two ways to serve with transformers, each with the models' loading left out and counted in: `prompts` generates one
+prompt after the other, `batched` all prompts of a variant in one padded batch. Ours answers all prompts together.
 
 Writes one JSON line per measurement to benchmarks/results/serve_cpu.jsonl. Exit code 1 when any answer differs.
 """

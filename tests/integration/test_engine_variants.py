@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import shutil
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +15,12 @@ import pytest
 import torch
 
 from bitdelta_core import Engine, EngineConfig, GenerationRequest, SamplingParams
+from bitdelta_core.delta.compress import compress
 from bitdelta_core.engine.sources import content_sha256
 from bitdelta_core.errors import BaseMismatch, ContextLengthExceeded, DeltaError, DeltaFormatError, DeltaTooLarge
 from storage.manifest import FileEntry, Manifest
 from tests.integration.engine_zoo import KINDS, Zoo
-from tests.tiny import make_base
+from tests.tiny import make_base, make_finetune
 
 ALL = [*KINDS, "lora"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -92,7 +95,10 @@ def test_every_mix_in_one_batch(zoo: Zoo, expected: dict, mix: str, limits: str)
         stats = engine.stats()
     if limits == "preemption":
         assert stats.preemptions_total > 0, "the case is not tested"
-    assert (stats.prefix_cache_hits_total > 0) == (limits != "no-prefix-cache")
+    if limits == "roomy":
+        assert stats.prefix_cache_hits_total > 0, "the case is not tested"
+    if limits == "no-prefix-cache":
+        assert stats.prefix_cache_hits_total == 0
 
 
 def test_isolation_under_a_tiny_slab(zoo: Zoo, expected: dict) -> None:
@@ -121,10 +127,8 @@ async def test_streams_beside_failures(zoo: Zoo, expected: dict, tmp_path: Path)
     corrupt = shutil.copytree(good, tmp_path / "corrupt")
     weights = corrupt / "delta.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    stranger = Zoo(tmp_path / "stranger")
-    (tmp_path / "stranger").mkdir()
-    make_base(tmp_path / "stranger" / "base", seed=9)
-    foreign = stranger.deltas["bitdelta-row"]
+    stranger = make_base(tmp_path / "stranger", seed=9)
+    foreign = compress(stranger, make_finetune(stranger, tmp_path / "fine"), tmp_path / "foreign")
     gate = threading.Event()
 
     def source(sha256: str) -> Path:
@@ -158,15 +162,22 @@ async def test_streams_beside_failures(zoo: Zoo, expected: dict, tmp_path: Path)
         assert engine.stats().delta_load_failures_total == 2
 
 
+def overwrite(file: Path, part_of_name: str, value: float) -> None:
+    """Set one float32 tensor of a safetensors file to a value, in place."""
+    data = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:header])
+    [entry] = [e for name, e in entries.items() if part_of_name in name]
+    start, stop = (header + offset for offset in entry["data_offsets"])
+    assert entry["dtype"] == "F32"
+    data[start:stop] = struct.pack("<f", value) * ((stop - start) // 4)
+    file.write_bytes(data)
+
+
 def test_a_variant_with_nan_weights_fails_alone_and_poisons_no_block(zoo: Zoo, expected: dict, tmp_path: Path) -> None:
     """Its K and V are NaN: whoever gets its blocks afterwards must not see them."""
-    from safetensors.torch import load_file, save_file
-
     poisoned = shutil.copytree(zoo.deltas["dense"], tmp_path / "poisoned")
-    tensors = load_file(poisoned / "delta.safetensors")
-    name = next(n for n in tensors if "layers.0.self_attn.k_proj" in n)
-    tensors[name].fill_(3e38)  # finite, so that it loads; the products are not
-    save_file(tensors, poisoned / "delta.safetensors")
+    overwrite(poisoned / "delta.safetensors", "layers.0.self_attn.k_proj", 3e38)  # finite, but its products are not
     with Engine(zoo.base, EngineConfig(device="cpu", num_kv_blocks=12, slab_bytes=16 << 20)) as engine:
         bad = engine.add_delta(poisoned)
         prompt = tuple(range(20))
