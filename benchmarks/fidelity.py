@@ -86,15 +86,15 @@ class Way:
     """None: as --embeddings says."""
 
 
-def ways(all_bits: Sequence[int], *, short: bool) -> Iterator[Way]:
-    """The grid; `short` distils one bit in every layout, more bits with row scales only."""
+def ways(all_bits: Sequence[int], distil: str) -> Iterator[Way]:
+    """The grid; distil "some": one bit in every layout, more bits with row scales only."""
     yield Way("dense")
     for embeddings in ("int8", "int4", "int2"):
         yield Way("dense", embeddings=embeddings)
     for bits in all_bits:
         for scale in LAYOUTS:
             yield Way("bitdelta", scale, bits)
-            if not short or bits == 1 or scale == "row":
+            if distil == "all" or (distil == "some" and (bits == 1 or scale == "row")):
                 yield Way("bitdelta", scale, bits, distill=True)
 
 
@@ -220,7 +220,7 @@ class Bench:
         common = {"finetune": source.name, "task": name, "metric": task.metric, "samples": len(task.samples)}
         yield {**common, "way": {"codec": "base"}, "score": asdict(of_base), "gain_kept": 0.0}
         yield {**common, "way": {"codec": "fine-tune"}, "score": asdict(of_fine), "gain_kept": 1.0}
-        for way in [*([Way("lora")] if fine != source else []), *ways(self.args.bits, short=self.args.short)]:
+        for way in [*([Way("lora")] if fine != source else []), *ways(self.args.bits, self.args.distil)]:
             started = time.monotonic()
             delta = self._compress(way, source, fine, work / "delta")
             seconds = time.monotonic() - started
@@ -295,7 +295,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--embeddings", default="auto", choices=["auto", "exact", "int8", "int4", "int2"])
     parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4], help="sign planes to try")
-    parser.add_argument("--short", action="store_true", help="distil more than one bit with row scales only")
+    parser.add_argument("--distil", choices=["all", "some", "none"], default="all", help=ways.__doc__)
     defaults = DistillOptions()
     parser.add_argument("--distill-steps", type=int, default=defaults.steps)
     parser.add_argument("--distill-batch", type=int, default=defaults.batch)
