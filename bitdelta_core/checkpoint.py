@@ -95,7 +95,7 @@ class Checkpoint:
 
     def _hash_line(self, name: str) -> str:
         tensor = self.get(name).contiguous()
-        raw = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
         line = f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
         self.release()
         return line

@@ -99,6 +99,8 @@ def compress(
     options, distillation = _compress_options(
         finetune, _given(coding), distill, _given({**training, "calibration": calibration})
     )
+    if distillation is not None:
+        _quieten_transformers()
     with _progress("compress") as progress:
         room.compress(
             base,
@@ -216,6 +218,13 @@ def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{title} {name}")
+
+
+def _quieten_transformers() -> None:
+    """Its own bars for loading the two models would only break ours, or fill a log."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _print_summary(summary: Summary) -> None:
