@@ -86,13 +86,13 @@ class Way:
     """None: as --embeddings says."""
 
 
-def ways(all_bits: Sequence[int], distil: str) -> Iterator[Way]:
+def ways(all_bits: Sequence[int], scales: Sequence[str], distil: str) -> Iterator[Way]:
     """The grid; distil "some": one bit in every layout, more bits with row scales only."""
     yield Way("dense")
     for embeddings in ("int8", "int4", "int2"):
         yield Way("dense", embeddings=embeddings)
     for bits in all_bits:
-        for scale in LAYOUTS:
+        for scale in scales:
             yield Way("bitdelta", scale, bits)
             if distil == "all" or (distil == "some" and (bits == 1 or scale == "row")):
                 yield Way("bitdelta", scale, bits, distill=True)
@@ -220,7 +220,10 @@ class Bench:
         common = {"finetune": source.name, "task": name, "metric": task.metric, "samples": len(task.samples)}
         yield {**common, "way": {"codec": "base"}, "score": asdict(of_base), "gain_kept": 0.0}
         yield {**common, "way": {"codec": "fine-tune"}, "score": asdict(of_fine), "gain_kept": 1.0}
-        for way in [*([Way("lora")] if fine != source else []), *ways(self.args.bits, self.args.distil)]:
+        for way in [
+            *([Way("lora")] if fine != source else []),
+            *ways(self.args.bits, self.args.scales, self.args.distil),
+        ]:
             started = time.monotonic()
             delta = self._compress(way, source, fine, work / "delta")
             seconds = time.monotonic() - started
@@ -295,6 +298,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--embeddings", default="auto", choices=["auto", "exact", "int8", "int4", "int2"])
     parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4], help="sign planes to try")
+    parser.add_argument("--scales", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--distil", choices=["all", "some", "none"], default="all", help=ways.__doc__)
     defaults = DistillOptions()
     parser.add_argument("--distill-steps", type=int, default=defaults.steps)
