@@ -10,6 +10,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from deployments.auth import Account, HashedKey
+from storage import open_store, repository_uri
 
 
 class ApiKey(BaseModel):
@@ -98,6 +99,11 @@ class AppConfig(BaseSettings):
     @property
     def cache_path(self) -> Path:
         return self.cache_dir or Path.home() / ".cache" / "bitdelta" / "deltas"
+
+    def absolute(self) -> Self:
+        """The same with paths that mean the same in every process of this machine."""
+        paths = {"base": self.base.resolve(), "cache_dir": self.cache_path.resolve()}
+        return self.model_copy(update={**paths, "repo": open_store(repository_uri(self.repo)).uri})
 
     def keys(self) -> tuple[HashedKey, ...]:
         """All configured keys, hashed. None configured: everybody may use everything."""

@@ -1,7 +1,7 @@
 """The HTTP routes: parse, authenticate, resolve the name, call, respond. Everything else is elsewhere.
 
-No `from __future__ import annotations` here: Serve pickles this class by value, and then FastAPI cannot look the names of
-string annotations up.
+No `from __future__ import annotations` here: Serve pickles this class by value, and then FastAPI could not look up the
+names in annotations that are strings.
 """
 
 import asyncio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from types import FrameType
 
@@ -57,6 +58,7 @@ def run(config: AppConfig, listen: Listen, say: Callable[[str], None] = print) -
         LaunchFailed: Ray or the application did not come up.
     """
     stop = threading.Event()
+    config = config.absolute()
     with _signals_set(stop):
         variants = check(config, listen)
         say(f"base        {config.base_name}  ({config.base})")
@@ -116,7 +118,8 @@ def _ray(config: AppConfig, listen: Listen) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with _hushed(listen):
+            ray.shutdown()
 
 
 @contextmanager
@@ -133,10 +136,16 @@ def _application(config: AppConfig, listen: Listen, stop: threading.Event) -> It
             stop.wait(POLL_S)
         yield
     finally:
-        if listen.address is None:
-            serve.shutdown()
-        else:
-            serve.delete(APP)
+        with _hushed(listen):
+            if listen.address is None:
+                serve.shutdown()
+            else:
+                serve.delete(APP)
+
+
+def _hushed(listen: Listen) -> AbstractContextManager[object]:
+    """Ray reports the controller that it has just ended as failed, on stderr."""
+    return nullcontext() if listen.verbose else redirect_stderr(io.StringIO())
 
 
 def _up(url: str) -> bool:

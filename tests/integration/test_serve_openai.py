@@ -142,6 +142,7 @@ def test_models(server: Server) -> None:
         ({"model": "acme/nothing"}, openai.NotFoundError, "model_not_found", "model"),
         ({"model": "gpt-4"}, openai.NotFoundError, "model_not_found", "model"),
         ({"prompt": ""}, openai.BadRequestError, "invalid_request", "prompt"),
+        ({"prompt": ["Hello", "", "Bye"]}, openai.BadRequestError, "invalid_request", "prompt"),
         ({"temperature": 3}, openai.BadRequestError, "invalid_request", "temperature"),
         ({"suffix": "x"}, openai.BadRequestError, "invalid_request", "suffix"),
         ({"extra_body": {"wrong": 1}}, openai.BadRequestError, "invalid_request", "wrong"),
