@@ -3,11 +3,14 @@
     python benchmarks/serve_cpu.py --base BASE --variants FINETUNE... [--counts 1 4 16]
 
 The same prompts, the same dtype, greedy, in one run; every answer is compared. At each count V, prompt i goes to
-variant i mod V. Where fewer fine-tunes are given than the largest count needs, more are made from them by adding noise to
-their weights before compressing, so that every delta is another one.
+variant i mod V. Where fewer fine-tunes are given than the largest count needs, more are made from them by adding noise
+to their weights before compressing, so that every delta is another one.
 
 Two ways to serve with transformers, each with the models' loading left out and counted in: `prompts` generates one
 prompt after the other, `batched` all prompts of a variant in one padded batch. Ours answers all prompts together.
+
+Seconds are of the wall clock. On a machine that others use as well, the tokens per CPU second (all threads of this
+process) say more; both stand in the table.
 
 Writes one JSON line per measurement to benchmarks/results/serve_cpu.jsonl. Exit code 1 when any answer differs.
 """
@@ -118,16 +121,17 @@ def ours(variants: Variants, tasks: Sequence[Task], new_tokens: int, repeats: in
         device="cpu", dtype="float32", enable_prefix_caching=False, max_num_seqs=len(tasks), kv_cache_bytes=256 << 20
     )
     gc.collect()
-    begun, rss = time.perf_counter(), rss_bytes()
+    begun, rss, cold = time.perf_counter(), rss_bytes(), 0.0
     with Engine(variants.base, config) as engine:
         count = max(task.variant for task in tasks) + 1
         started_rss = rss_bytes()
         shas = [engine.add_delta(delta) for delta in variants.deltas[:count]]
-        answers, seconds = [], []
+        answers, seconds, cpu = [], [], []
         for _ in range(repeats + 1):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             done = engine.generate([t.prompt for t in tasks], params, delta=[shas[t.variant] for t in tasks])
             seconds.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - cpu_start)
             answers = [tuple(c.token_ids) for c in done]
             if len(seconds) == 1:
                 cold = time.perf_counter() - begun
@@ -135,6 +139,7 @@ def ours(variants: Variants, tasks: Sequence[Task], new_tokens: int, repeats: in
     return {
         "answers": answers,
         "seconds": statistics.median(seconds[1:]),
+        "cpu_seconds": statistics.median(cpu[1:]),
         "seconds_with_loading": cold,
         "slab_bytes_per_variant": stats.slab_bytes_used / count,
         "rss_bytes_base": started_rss - rss,
@@ -145,7 +150,7 @@ def ours(variants: Variants, tasks: Sequence[Task], new_tokens: int, repeats: in
 def peer(variants: Variants, tasks: Sequence[Task], new_tokens: int, *, batched: bool) -> dict[str, Any]:
     """transformers: one restored model after another."""
     answers: dict[int, Tokens] = {}
-    loading = generating = 0.0
+    loading = generating = cpu = 0.0
     for variant in sorted({task.variant for task in tasks}):
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(variants.restored[variant], dtype=torch.float32).eval()
@@ -154,16 +159,18 @@ def peer(variants: Variants, tasks: Sequence[Task], new_tokens: int, *, batched:
         mine = [i for i, task in enumerate(tasks) if task.variant == variant]
         groups = [mine] if batched else [[i] for i in mine]
         generate(model, [tasks[mine[0]].prompt], 2)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for group in groups:
             found = generate(model, [tasks[i].prompt for i in group], new_tokens)
             answers.update(zip(group, found, strict=True))
         generating += time.perf_counter() - start
+        cpu += time.process_time() - cpu_start
         del model
         gc.collect()
     return {
         "answers": [answers[i] for i in range(len(tasks))],
         "seconds": generating,
+        "cpu_seconds": cpu,
         "seconds_with_loading": generating + loading,
     }
 
@@ -221,6 +228,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "commit": commit,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "ram_gb": round(memory / 1e9, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -260,7 +268,7 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
     variants = prepare(arguments.base, arguments.variants, max(arguments.counts), work)
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.base)
     context, records, wrong = conditions(arguments), [], 0
-    print(f"{'variants':>8} {'system':<22} {'tokens/s':>9} {'with loading':>13}   ours is faster by")
+    print(f"{'variants':>8} {'system':<21} {'tokens/s':>16} {'per CPU second':>16} {'with loading':>16}   (ours by)")
     for count in arguments.counts:
         tasks = tasks_for(variants, count, arguments.prompts, tokenizer)
         measured = {
@@ -275,16 +283,13 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
             tokens = len(tasks) * arguments.new_tokens
             result |= {
                 "tokens_per_s": tokens / result["seconds"],
+                "tokens_per_cpu_s": tokens / result["cpu_seconds"],
                 "tokens_per_s_with_loading": tokens / result["seconds_with_loading"],
                 "different_answers": different,
             }
-            ratio = measured["bitdelta"]["tokens_per_s"] / result["tokens_per_s"]
-            ratio_loading = measured["bitdelta"]["tokens_per_s_with_loading"] / result["tokens_per_s_with_loading"]
-            print(
-                f"{count:>8} {system:<22} {result['tokens_per_s']:>9.1f} {result['tokens_per_s_with_loading']:>13.1f}"
-                f"   {ratio:.2f}x, {ratio_loading:.2f}x with loading"
-                + (f"   {different} ANSWERS DIFFER" * bool(different))
-            )
+            kinds = ("tokens_per_s", "tokens_per_cpu_s", "tokens_per_s_with_loading")
+            cells = " ".join(f"{result[k]:>9.1f} {measured['bitdelta'][k] / result[k]:>5.2f}x" for k in kinds)
+            print(f"{count:>8} {system:<21} {cells}" + f"   {different} answers differ" * bool(different), flush=True)
             records.append({**context, "count": count, "system": system, **result})
     if max(arguments.counts) > 1:
         memory = resident_bytes_per_variant(variants, max(arguments.counts))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from bitdelta_core.errors import BitDeltaError, DeltaUnavailable
+from bitdelta_core.errors import BitDeltaError, DeltaError, DeltaUnavailable
 
 DeltaSource = Callable[[str], Path]
 """delta sha256 -> the directory that holds its verified files. May block; called from threads, never from the loop."""
@@ -30,6 +30,8 @@ def content_sha256(path: Path) -> str:
 
 def as_delta_error(error: BaseException, delta: str) -> BitDeltaError:
     """What the requests that wanted `delta` are told."""
+    if isinstance(error, DeltaError):
+        error.delta = delta  # readers of files know only the directory
     if isinstance(error, BitDeltaError):
         return error
     told = DeltaUnavailable(f"delta {delta} cannot be fetched: {type(error).__name__}: {error}", delta=delta)
