@@ -57,11 +57,13 @@ def _router(args: AppConfig) -> RequestRouterConfig:
 
 
 def _resources(args: AppConfig) -> dict[str, float]:
-    """A GPU when the engine wants one. `auto` looks at the cluster, not at the node that builds the application."""
+    """What one replica takes. Looks at the cluster, not at the node that builds the application."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
     if args.num_gpus is not None:
         gpus = args.num_gpus
     elif args.device == "auto":
-        gpus = 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
     else:
         gpus = 0.0 if args.device == "cpu" else 1.0
-    return {"num_cpus": 1, "num_gpus": gpus}
+    share = max((node.get("CPU", 0) for node in nodes), default=1) // args.num_replicas
+    return {"num_cpus": args.num_cpus or (1 if gpus else max(1, share)), "num_gpus": gpus}

@@ -72,6 +72,9 @@ class AppConfig(BaseSettings):
     num_replicas: int = Field(default=1, ge=1)
     num_gpus: float | None = Field(default=None, ge=0)
     """Per replica. None: 1 when `device` is a GPU, or auto and the cluster has one."""
+    num_cpus: float | None = Field(default=None, gt=0)
+    """Per replica. Ray makes it the number of threads that torch computes with. None: 1 beside a GPU; without one, an
+    equal share of the largest node."""
     max_ongoing_requests: int = Field(default=4096, ge=1)
     """Per replica. Far above the batch: waiting is the engine's business, Serve's own queue polls."""
     spill_queue: int = Field(default=12, ge=1)

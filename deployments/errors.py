@@ -13,7 +13,7 @@ import math
 
 from bitdelta_core.errors import BitDeltaError, InvalidRequest
 from deployments.openai_responses import ErrorBody, ErrorDetail
-from storage.errors import InvalidName, NotFound, StorageError
+from storage.errors import StorageError
 
 _TYPES = {
     400: "invalid_request_error",
@@ -70,8 +70,6 @@ def http_error(status: int, code: str, message: str, param: str | None = None) -
 
 def describe(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:
     """(status, body, headers). An error that nobody foresaw says nothing of our insides."""
-    if isinstance(error, InvalidName | NotFound):
-        error = ModelNotFound(str(error))
     if not isinstance(error, BitDeltaError | StorageError):
         return 500, http_error(500, "internal_error", "Internal server error."), {}
     param = error.param if isinstance(error, InvalidRequest | ModelNotFound) else None

@@ -1,8 +1,8 @@
 """What clients may send: the OpenAI API's completions and chat requests, with vLLM's extras.
 
 Types are checked here; ranges are the engine's (`SamplingParams.validate`), so they hold for every way in. A parameter
-is obeyed or refused by its name (`openai_fields.py`), never accepted and ignored. `user` alone has no effect on the
-answer: it is written to the access log.
+is obeyed or refused by its name (`openai_fields.py`), never accepted and ignored. (`user` is made to have no effect on
+the answer, and has none.)
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(help="Ask clients for this key; may be repeated.")] = None,
     num_replicas: Annotated[int | None, typer.Option(help="Model replicas.")] = None,
     num_gpus: Annotated[float | None, typer.Option(help="GPUs per replica.")] = None,
+    num_cpus: Annotated[float | None, typer.Option(help="CPUs (and threads) per replica.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join, or auto.", envvar="RAY_ADDRESS")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda", rich_help_panel=Engine)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16", rich_help_panel=Engine)] = None,

@@ -175,6 +175,7 @@ def running(root: Path) -> Iterator[Server]:
         "repo": str(server.repo),
         "cache_dir": root / "cache",
         "num_replicas": REPLICAS,
+        "num_cpus": 1,
         "slab_bytes": 32 * 2**20,
         "kv_cache_bytes": 32 * 2**20,
         "catalog_ttl_s": 0.3,

@@ -79,7 +79,6 @@ async def test_a_large_body_is_not_read_to_its_end() -> None:
         (InvalidRequest("m", param="n"), 400, "invalid_request", "n", {}),
         (ContextLengthExceeded("m", param="prompt"), 400, "context_length_exceeded", "prompt", {}),
         (ModelNotFound("x/y"), 404, "model_not_found", "model", {}),
-        (NotFound("no blob"), 404, "model_not_found", "model", {}),
         (Unauthorized("m"), 401, "invalid_api_key", None, {"WWW-Authenticate": "Bearer"}),
         (Overloaded("m", retry_after_s=0.2), 429, "overloaded", None, {"Retry-After": "1"}),
         (DeltaUnavailable("m", retry_after_s=2.1), 503, "delta_unavailable", None, {"Retry-After": "3"}),
