@@ -345,6 +345,7 @@ def _stage(opened: OpenedDelta, host: torch.Tensor, extent: torch.Tensor) -> Var
         extent.copy_(host)
         return opened.view(extent)
     stream = torch.cuda.Stream(extent.device)
+    stream.wait_stream(torch.cuda.default_stream(extent.device))  # a step may still read what was evicted from here
     with torch.cuda.stream(stream):
         extent.copy_(host, non_blocking=True)
     stream.synchronize()

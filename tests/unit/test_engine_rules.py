@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -58,5 +59,6 @@ def test_memory_is_divided_as_told() -> None:
     plan = plan_memory(EngineConfig(device="cpu", kv_cache_bytes=10_500, slab_bytes=77), block_bytes=1000)
     assert (plan.num_kv_blocks, plan.slab_bytes, plan.kv_tokens) == (10, 77, 9 * 16)
     assert "144 tokens" in plan.table()
+    assert 2**20 < plan.free_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with pytest.raises(InvalidRequest, match="at least 2"):
         plan_memory(EngineConfig(device="cpu", kv_cache_bytes=1999), block_bytes=1000)
