@@ -136,7 +136,13 @@ def plan_adapter(base: Checkpoint, adapter: lora.Adapter) -> AdapterSource:
             raise CheckpointError(f"{adapter.path}: the base has no parameter {name}")
     entries = [adapter.entry(name, tuple(_head_or_own(base, name).shape)) for name in adapter.linears]
     for name in adapter.whole:
-        entry = plan_exact(name, _head_or_own(base, name), adapter.get(name))
+        own, value = _head_or_own(base, name), adapter.get(name)
+        grows = name in (EMBEDDING, HEAD)
+        if value.ndim != own.ndim or value.shape[grows:] != own.shape[grows:] or value.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{adapter.path}: {name} is {value.dtype} {list(value.shape)}, the base's is {list(own.shape)}"
+            )
+        entry = plan_exact(name, own, value)
         entries += [entry] if entry is not None else []
     return AdapterSource(
         base=base,

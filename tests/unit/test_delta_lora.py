@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitdelta_core.checkpoint import Checkpoint
@@ -90,6 +91,16 @@ def test_adapters_of_another_shape_and_on_embeddings_are_refused(tmp_path: Path)
     other = make_base(tmp_path / "other", num_hidden_layers=1, intermediate_size=96)
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj"):
         compress(other, tmp_path / "adapter", tmp_path / "delta")
+    make_adapter(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["norm", "lm_head"])
+    wider = make_base(tmp_path / "wider", num_hidden_layers=1, hidden_size=64, head_dim=16)
+    with pytest.raises(CheckpointError, match=r"q_proj|norm|lm_head"):
+        compress(wider, tmp_path / "whole", tmp_path / "delta")
+    file = tmp_path / "whole" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    norm = next(key for key in tensors if key.endswith("norm.weight"))
+    save_file({**tensors, norm: torch.ones(49)}, file)
+    with pytest.raises(CheckpointError, match=r"norm\.weight.*49"):
+        compress(base, tmp_path / "whole", tmp_path / "delta")
     make_adapter(base, tmp_path / "embedding", target_modules=["embed_tokens"])
     with pytest.raises(CheckpointError, match="lora_embedding"):
         compress(base, tmp_path / "embedding", tmp_path / "delta")
