@@ -70,11 +70,11 @@ def caller(server: Server) -> Iterator[DeploymentHandle]:
 
 def test_answers_are_those_of_http(server: Server, caller: DeploymentHandle) -> None:
     expected = server.models.answer(server.deltas["acme/plain"], "Hello", 12)
-    assert caller.complete.remote("acme/plain", "Hello").result() == ([expected], "acme/plain")
-    assert caller.streamed.remote("acme/plain", "Hello").result() == expected
+    assert caller.complete.remote("acme/plain", "Hello").result(timeout_s=30) == ([expected], "acme/plain")
+    assert caller.streamed.remote("acme/plain", "Hello").result(timeout_s=30) == expected
     chat = server.models.answer(server.deltas["acme/chat"], "<|user|>hi\n<|assistant|>", 8)
-    assert caller.chat.remote("acme/chat").result() == chat
-    assert caller.chat_streamed.remote("acme/chat").result() == chat
+    assert caller.chat.remote("acme/chat").result(timeout_s=30) == chat
+    assert caller.chat_streamed.remote("acme/chat").result(timeout_s=30) == chat
 
 
 def test_concurrent_calls_inside_one_request_complete(server: Server, caller: DeploymentHandle) -> None:
@@ -84,18 +84,21 @@ def test_concurrent_calls_inside_one_request_complete(server: Server, caller: De
 
 
 def test_errors_are_themselves(server: Server, caller: DeploymentHandle) -> None:
-    assert caller.error_of.remote("acme/none").result() == (ModelNotFound, "The model `acme/none` does not exist.")
-    kind, message = caller.error_of.remote("acme/plain", temperature=9).result()
+    assert caller.error_of.remote("acme/none").result(timeout_s=30) == (
+        ModelNotFound,
+        "The model `acme/none` does not exist.",
+    )
+    kind, message = caller.error_of.remote("acme/plain", temperature=9).result(timeout_s=30)
     assert (kind, "temperature" in message) == (InvalidRequest, True)
-    kind, message = caller.error_of.remote("acme/plain", wrong=1).result()
+    kind, message = caller.error_of.remote("acme/plain", wrong=1).result(timeout_s=30)
     assert (kind, "`wrong`" in message) == (InvalidRequest, True)
     with server.store_down():
-        kind, _ = caller.error_of.remote("acme/not-seen-before").result()
+        kind, _ = caller.error_of.remote("acme/not-seen-before").result(timeout_s=30)
     assert kind is StoreUnavailable
 
 
 def test_a_dropped_stream_is_cancelled(server: Server, caller: DeploymentHandle) -> None:
-    caller.leave_early.remote("acme/plain").result()
+    caller.leave_early.remote("acme/plain").result(timeout_s=30)
     wait_for("the request to be aborted", server.idle, timeout_s=5)
 
 

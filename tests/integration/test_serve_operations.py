@@ -123,6 +123,7 @@ def test_a_variant_of_another_base_is_refused(server: Server) -> None:
 def test_while_the_store_is_down_resident_variants_are_served_and_cold_ones_are_503(server: Server) -> None:
     client = server.client()
     cold = server.push("zeta/cold", server.models.delta("zeta/cold", seed=41))
+    assert client.models.retrieve("zeta/cold").id == "zeta/cold"  # so that its name is known, but none of its bytes
     warm = texts(client.completions.create(model="acme/plain", prompt="Hello", **GREEDY))
     with server.store_down():
         for _ in range(3):
