@@ -38,9 +38,14 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
+def shown(word: str | Path) -> str:
+    """Paths as seen from here."""
+    return os.path.relpath(word) if isinstance(word, Path) else word
+
+
 def bitdelta(*args: str | Path) -> str:
     """Run a `bitdelta` command, showing it; its output is returned."""
-    print("$ bitdelta", *args, flush=True)
+    print("$ bitdelta", *map(shown, args), flush=True)
     done = subprocess.run([BITDELTA, *map(str, args)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}")
@@ -110,9 +115,17 @@ def free_port() -> int:
 
 
 def start_server(state: Path, port: int) -> subprocess.Popen:
-    command = ["serve", "--base", MODELS / "base", "--served-model-name", "base", "--repo", state / "repo"]
+    command: list[str | Path] = [
+        "serve",
+        "--base",
+        MODELS / "base",
+        "--served-model-name",
+        "base",
+        "--repo",
+        state / "repo",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    print("$ bitdelta", *command, flush=True)
+    print("$ bitdelta", *map(shown, command), flush=True)
     log = (state / "server.log").open("w")
     return subprocess.Popen([BITDELTA, *map(str, command)], stdout=log, stderr=log)
 
@@ -222,7 +235,7 @@ def make_row(state: Path, task: str, answers: dict, fine_tune: float) -> Row:
         fine_tune=fine_tune,
         served=sum(a.right for a in own) / len(own),
         first_ms=1000 * median(a.first_s for a in own),
-        tokens_per_s=median(a.tokens / a.total_s for a in own),
+        tokens_per_s=median((a.tokens - 1) / (a.total_s - a.first_s) for a in own if a.tokens > 1),
     )
 
 
@@ -240,7 +253,8 @@ def print_table(rows: Sequence[Row], answers: dict, wall_s: float, questions: in
         table.add_row(r.variant, r.codec, *sizes, *scores, f"{r.first_ms:.0f}", f"{r.tokens_per_s:.0f}")
     Console(width=118).print(table)
     tokens = sum(a.tokens for group in answers.values() for a in group)
-    print(f"scores: exact match. TTFT and tok/s: medians of one stream. All together: {tokens / wall_s:.0f} tokens/s.")
+    print("Scores are exact match. TTFT and tok/s after it are medians over streams, 32 of them at a time.")
+    print(f"All together: {tokens / wall_s:.0f} tokens/s.")
 
 
 def main() -> None:
