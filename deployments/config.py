@@ -46,7 +46,7 @@ class ApiKey(BaseModel):
 class AppConfig(BaseSettings):
     """One base, one repository, any number of replicas. Unknown names are refused. Sizes take units: `2GiB`."""
 
-    model_config = SettingsConfigDict(env_prefix="BITDELTA_", extra="forbid", env_parse_none_str="none")
+    model_config = SettingsConfigDict(env_prefix="BITDELTA_", extra="forbid")
 
     base: Path
     """Directory of the base checkpoint, at the same place on every node."""
