@@ -12,7 +12,7 @@ import pytest
 from storage.base import BlobStore
 from storage.errors import CorruptBlob, InvalidName, NotFound, StoreUnavailable
 from storage.s3 import S3Config, S3Store
-from tests.contract.conftest import swift_store
+from tests.contract.conftest import STORES, swift_store
 from tests.contract.swift_server import SwiftServer
 
 BAD_KEYS = ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", ".hidden", "a\\b", "a\0b", "a b", "x" * 901]
@@ -119,6 +119,8 @@ class TestBlobStore:
             store.put("k", Breaks(bytes(2 << 20)), 2 << 20)
         assert list(store.list("")) == []
 
+    # Not on moto: the mock closes a body that is being read when somebody overwrites it.
+    @pytest.mark.parametrize("store", [kind for kind in STORES if kind != "moto"], indirect=True)
     def test_readers_never_see_half_a_blob(self, store: BlobStore) -> None:
         bodies = [bytes([value]) * 300_000 for value in range(4)]
         put(store, "k", bodies[0])
