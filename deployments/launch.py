@@ -11,7 +11,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from types import FrameType
 
@@ -143,9 +143,15 @@ def _application(config: AppConfig, listen: Listen, stop: threading.Event) -> It
                 serve.delete(APP)
 
 
-def _hushed(listen: Listen) -> AbstractContextManager[object]:
-    """Ray reports the controller that it has just ended as failed, on stderr."""
-    return nullcontext() if listen.verbose else redirect_stderr(io.StringIO())
+@contextmanager
+def _hushed(listen: Listen) -> Iterator[None]:
+    """Ray reports the controller that it has just ended as failed, from a thread of its own, on stdout or stderr."""
+    nowhere = io.StringIO()
+    with ExitStack() as stack:
+        if not listen.verbose:
+            stack.enter_context(redirect_stderr(nowhere))
+            stack.enter_context(redirect_stdout(nowhere))
+        yield
 
 
 def _up(url: str) -> bool:
