@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -53,4 +54,4 @@ def test_ci_runs_the_readme_test_command() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_blocks_compile(document: str) -> None:
     for block in blocks(document, "python"):
-        compile(block, document, "exec")
+        compile(block, document, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
