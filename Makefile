@@ -13,7 +13,7 @@ test: .venv/dev  ## all tests
 	$(BIN)/python -m pytest
 
 lint: .venv/dev  ## ruff and pyright
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/dev
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
