@@ -30,7 +30,10 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: no such directory")
+            raise CheckpointError(
+                f"{self.path} is no directory here: a checkpoint is a local directory "
+                f"(for a model of the Hugging Face Hub: `hf download {self.path} --local-dir DIR` first)"
+            )
         self._files = {name: file for file in self._weight_files() for name in self._open(file).keys()}  # noqa: SIM118
         if not self._files:
             raise CheckpointError(f"{self.path}: no tensors in its safetensors files")
@@ -39,12 +42,9 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """config.json as it stands."""
         file = self.path / "config.json"
-        try:
-            return json.loads(file.read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{file} is missing") from None
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        return read_object(file)
 
     @property
     def names(self) -> list[str]:
@@ -112,15 +112,16 @@ class Checkpoint:
             files = [self.path / SINGLE]
         for file in files:
             if not file.is_file():
-                raise CheckpointError(f"{file} is missing")
+                pickled = any(self.path.glob("*.bin")) and not index.is_file()
+                hint = ": its weights are pickle, which is not read; save it as safetensors first" if pickled else ""
+                raise CheckpointError(f"{file} is missing{hint}")
         return files
 
     @staticmethod
     def _read_index(index: Path) -> dict[str, str]:
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error}") from error
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} is not a safetensors index: weight_map does not map tensors to file names")
         for name in weight_map.values():
             if Path(name).name != name:
                 raise CheckpointError(f"{index} points outside its directory: {name!r}")
@@ -149,6 +150,23 @@ class Checkpoint:
         """All tensors, in name order."""
         for name in self.names:
             yield name, self.get(name)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON object.
+    """
+    try:
+        body = json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(body).__name__}")
+    return body
 
 
 def _hash_cache_file(fingerprint: str) -> Path:

@@ -26,8 +26,14 @@ def main() -> None:
     try:
         app()
     except (BitDeltaError, StorageError) as error:
-        print(f"bitdelta: {error}", file=sys.stderr)
+        print(f"bitdelta: {_located(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _located(error: Exception) -> str:
+    """The message, with the delta that it is about in front unless it says so itself."""
+    delta = getattr(error, "delta", None)
+    return f"{delta}: {error}" if delta and delta not in str(error) else str(error)
 
 
 if __name__ == "__main__":

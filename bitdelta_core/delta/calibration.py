@@ -1,4 +1,4 @@
-"""Calibration text to token sequences, with the fine-tune's own tokenizer."""
+"""Calibration text to token sequences, with the fine-tune's own tokenizer (the base's where it has none)."""
 
 from __future__ import annotations
 
@@ -37,22 +37,21 @@ def sequences(text: bytes, tokenizer: Any, *, length: int, jsonl: bool) -> list[
         found = [ids[:length] for ids in _lines(text, tokenizer)]
     else:
         start = _prefix(tokenizer)
-        ids = tokenizer(text.decode(), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(_decoded(text), add_special_tokens=False, verbose=False)["input_ids"]
         room = length - len(start)
         found = [start + ids[i : i + room] for i in range(0, len(ids), room)]
     found = [ids for ids in found if len(ids) > 1]
     if not found:
-        raise InvalidRequest("the calibration text is empty", param="calibration")
+        raise InvalidRequest("the calibration text has no sequence of two tokens or more", param="calibration")
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """Batches of padded sequences, shuffled anew each time round, the same for the same seed."""
+    """Batches of sequences, shuffled anew each time round, the same for the same seed. Padding is token 0, masked."""
 
     found: list[list[int]]
     size: int
-    pad: int
     seed: int = 0
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -67,13 +66,13 @@ class Batches:
 
     def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
         return ids, mask
 
 
 def _lines(text: bytes, tokenizer: Any) -> Iterator[list[int]]:
-    for number, line in enumerate(text.decode().splitlines(), 1):
+    for number, line in enumerate(_decoded(text).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -81,11 +80,32 @@ def _lines(text: bytes, tokenizer: Any) -> Iterator[list[int]]:
         except ValueError as error:
             raise InvalidRequest(f"calibration line {number} is not JSON: {error}", param="calibration") from error
         if isinstance(body, dict) and isinstance(body.get("messages"), list):
-            yield tokenizer.apply_chat_template(body["messages"], tokenize=True, return_dict=True)["input_ids"]
+            yield _chat(body["messages"], tokenizer, number)
         elif isinstance(body, dict) and isinstance(body.get("text"), str):
             yield tokenizer(body["text"])["input_ids"]
         else:
             raise InvalidRequest(f'calibration line {number} has neither "text" nor "messages"', param="calibration")
+
+
+def _chat(messages: list[Any], tokenizer: Any, number: int) -> list[int]:
+    if not tokenizer.chat_template:
+        raise InvalidRequest(
+            f'calibration line {number} has "messages", but the fine-tune has no chat template: give "text"',
+            param="calibration",
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    except Exception as error:  # a template is a program of its author's: it may raise anything
+        raise InvalidRequest(
+            f"calibration line {number}: the chat template fails: {error}", param="calibration"
+        ) from error
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the calibration text is not UTF-8: {error}", param="calibration") from error
 
 
 def _prefix(tokenizer: Any) -> list[int]:

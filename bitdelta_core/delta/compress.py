@@ -14,9 +14,9 @@ from pathlib import Path
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import lora
-from bitdelta_core.delta.calibration import read_calibration
+from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.config import DeltaConfig
-from bitdelta_core.delta.distill import DistillOptions, prepare
+from bitdelta_core.delta.distill import DistillOptions, distil, prepare, tokenise
 from bitdelta_core.delta.planning import CompressOptions, Source, plan_adapter, plan_finetune
 from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter
 from bitdelta_core.errors import InvalidRequest
@@ -48,11 +48,13 @@ def compress(
 
     Raises:
         CheckpointError: a directory cannot be read, or the two do not belong together.
-        InvalidRequest: `out` exists, or an option is out of range or does not apply to an adapter.
+        InvalidRequest: `out` exists or cannot be written, the calibration text cannot be used, or an option is out of
+            range or does not apply to an adapter.
     """
-    base = open_base(base_path)
+    base = Checkpoint(base_path)
     source = plan(base, finetune_path, options)
     text = _calibration(source, distillation)
+    batches = tokenise(base, Checkpoint(finetune_path), text, distillation) if distillation is not None else None
     config = delta_config(base, source, base_name=base_name, revision=revision)
     if distillation is not None:
         described = {**distillation.provenance(), "calibration_sha256": hashlib.sha256(text).hexdigest()}
@@ -61,22 +63,11 @@ def compress(
         out, source.entries, fingerprint=hashlib.sha256(config.to_json()).hexdigest(), shard_bytes=shard_bytes
     )
     stream(source, writer, progress)
-    if distillation is not None:
-        losses = _distill(base, Checkpoint(finetune_path), config, writer, text, distillation, progress)
+    if distillation is not None and batches is not None:
+        losses = _distill(base, Checkpoint(finetune_path), config, writer, batches, distillation, progress)
         described = {**config.provenance["distillation"], **dict(sorted(losses.items()))}
         config = replace(config, provenance={**config.provenance, "distillation": described})
     return writer.finish(config, source.sidecars)
-
-
-def open_base(path: Path) -> Checkpoint:
-    """The base's checkpoint; only local directories."""
-    if not path.is_dir():
-        raise InvalidRequest(
-            f"{path} is no directory here: the base must be a local checkpoint directory "
-            f"(for a model of the Hugging Face Hub: `hf download {path} --local-dir DIR` first)",
-            param="base",
-        )
-    return Checkpoint(path)
 
 
 def plan(base: Checkpoint, finetune_path: Path, options: CompressOptions | None) -> Source:
@@ -130,7 +121,7 @@ def _distill(
     fine: Checkpoint,
     config: DeltaConfig,
     writer: DeltaWriter,
-    text: bytes,
+    batches: Batches,
     options: DistillOptions,
     progress: Progress,
 ) -> dict[str, float]:
@@ -139,11 +130,9 @@ def _distill(
         return {}
     saved = writer.load_trained()
     if saved is None:
-        run = prepare(base, fine, config, writer, text, options)
-        before = run.measure()
-        for step in run.run(options):
-            progress(step, options.steps, "distillation")
-        saved = run.trained(), {"loss_before": before, "loss_after": run.measure()}
+        run = prepare(base, fine, config, writer, batches)
+        losses = distil(run, options, lambda step: progress(step, options.steps, "distillation"))
+        saved = run.trained(), losses
         writer.save_trained(*saved)
     parts, losses = saved
     writer.overwrite(parts)

@@ -7,7 +7,7 @@ biases stay as they are. Both models are in memory: this step, unlike the rest o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.calibration import Batches, sequences
 from bitdelta_core.delta.codecs import decode_parts
 from bitdelta_core.delta.config import DeltaConfig
-from bitdelta_core.delta.format import HEAD, base_name
+from bitdelta_core.delta.format import EMBEDDING, HEAD, base_name
 from bitdelta_core.delta.pairing import is_tied, parameters
 from bitdelta_core.delta.signlinear import SignLinear
 from bitdelta_core.delta.writer import DeltaWriter
-from bitdelta_core.errors import InvalidRequest
+from bitdelta_core.errors import CheckpointError, InvalidRequest
 
 _MEASURED_BATCHES = 8
 
@@ -54,15 +54,6 @@ class DistillOptions:
         return body | {"calibration": self.calibration.name if self.calibration else "default"}
 
 
-@dataclass(frozen=True, slots=True)
-class Distilled:
-    """The trained scales by full part name, and the loss on the same batches before and after."""
-
-    parts: Mapping[str, torch.Tensor]
-    loss_before: float
-    loss_after: float
-
-
 class Distillation:
     """A student (base + delta) beside its teacher (the fine-tune)."""
 
@@ -83,13 +74,16 @@ class Distillation:
         return (got[mask].float() - wanted[mask].float()).square().mean()
 
     def run(self, options: DistillOptions) -> Iterator[int]:
-        """Train; yields the number of steps done after each."""
+        """Train; yields the number of steps done after each. Ends early when the loss is not finite any more."""
         optimizer = torch.optim.Adam(self.scales, lr=options.lr, betas=(0.9, 0.999), eps=1e-8)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
         device = self.scales[0].device
         for step, (ids, mask) in zip(range(options.steps), self.batches, strict=False):
             optimizer.zero_grad()
-            self.loss(ids.to(device), mask.to(device)).backward()
+            loss = self.loss(ids.to(device), mask.to(device))
+            if not loss.isfinite():
+                return
+            loss.backward()
             optimizer.step()
             schedule.step()
             yield step + 1
@@ -101,32 +95,75 @@ class Distillation:
         pairs = zip(range(_MEASURED_BATCHES), self.batches, strict=False)
         return sum(self.loss(ids.to(device), mask.to(device)).item() for _, (ids, mask) in pairs) / _MEASURED_BATCHES
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the scales before training."""
+        for scale in self.scales:
+            scale.fill_(1.0)
+
     def trained(self) -> dict[str, torch.Tensor]:
         """The scales as they would be stored."""
         return {name: part for layer in self.layers for name, part in layer.scales().items()}
 
 
-def prepare(
-    base: Checkpoint, fine: Checkpoint, config: DeltaConfig, writer: DeltaWriter, text: bytes, options: DistillOptions
-) -> Distillation:
-    """Load both models: on the first GPU in bf16 where there is one, else on the CPU in fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def distil(run: Distillation, options: DistillOptions, progress: Callable[[int], None]) -> dict[str, float]:
+    """Train, and keep what came out if the loss fell, else the scales as they were. Returns the losses.
 
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    tokenizer = _tokenizer(AutoTokenizer, fine.path, base.path)
+    Raises:
+        CheckpointError: the loss is not finite before any training, so base or fine-tune is broken.
+    """
+    before = run.measure()
+    if not math.isfinite(before):
+        raise CheckpointError("the fine-tune's or the base's logits are not finite: there is nothing to distil towards")
+    for step in run.run(options):
+        progress(step)
+    after = run.measure()
+    if not after < before:
+        run.reset()
+        after = before
+    return {"loss_before": before, "loss_after": after}
+
+
+def tokenise(base: Checkpoint, fine: Checkpoint, text: bytes, options: DistillOptions) -> Batches:
+    """The calibration text in the variant's tokens.
+
+    Raises:
+        CheckpointError: there is no usable tokenizer, or its tokens are not all in the fine-tune's vocabulary.
+        InvalidRequest: the text is not what its suffix says, or is empty.
+    """
+    tokenizer = _tokenizer(fine.path, base.path)
     jsonl = options.calibration is not None and options.calibration.suffix == ".jsonl"
     found = sequences(text, tokenizer, length=options.length, jsonl=jsonl)
+    highest, vocabulary = max(map(max, found)), fine.shape(EMBEDDING)[0]
+    if highest >= vocabulary:
+        raise CheckpointError(f"{fine.path}: its tokenizer gives token {highest}, its embedding has {vocabulary} rows")
+    return Batches(found, options.batch, seed=options.seed)
+
+
+def prepare(
+    base: Checkpoint, fine: Checkpoint, config: DeltaConfig, writer: DeltaWriter, batches: Batches
+) -> Distillation:
+    """Load both models: on the first GPU in bf16 where there is one, else on the CPU in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     teacher: Any = AutoModelForCausalLM.from_pretrained(fine.path, dtype=dtype)
     student = _student(base, config, writer, dtype)
     layers = list(_install(student, config, writer))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = Batches(found, options.batch, pad, options.seed)
     return Distillation(teacher.to(device), student.to(device), layers, batches)
 
 
-def _tokenizer(auto: Any, fine: Path, base: Path) -> Any:
-    has_own = any((fine / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
-    return auto.from_pretrained(fine if has_own else base)
+def _tokenizer(fine: Path, base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    for path in (fine, base):
+        if any((path / name).is_file() for name in names):
+            try:
+                return AutoTokenizer.from_pretrained(path)
+            except (OSError, ValueError, ImportError) as error:
+                raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+    raise CheckpointError(f"{fine} has no tokenizer, nor has {base}: distillation needs one, or use --no-distill")
 
 
 def _student(base: Checkpoint, config: DeltaConfig, writer: DeltaWriter, dtype: torch.dtype) -> nn.Module:

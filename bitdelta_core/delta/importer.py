@@ -21,7 +21,7 @@ from bitdelta_core.delta.format import EMBEDDING, HEAD, base_name
 from bitdelta_core.delta.planning import plan_exact
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.delta.writer import DeltaWriter, sha256_of
-from bitdelta_core.errors import DeltaFormatError
+from bitdelta_core.errors import DeltaFormatError, InvalidRequest
 
 Parts = dict[str, torch.Tensor]
 
@@ -60,6 +60,8 @@ def import_published(base_path: Path, file: Path, out: Path) -> Path:
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise InvalidRequest(f"{file} is no file here", param="file")
     try:
         body = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

@@ -6,7 +6,6 @@ formula or the base (DoRA, PiSSA, ...) is refused by name; so are adapters on em
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitdelta_core.checkpoint import read_object
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import CheckpointError
 
@@ -61,7 +61,7 @@ class Adapter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = self._read_config()
+        self.config = read_object(path / ADAPTER_CONFIG)
         self._check_config()
         self._file = self._open()
         self._keys = {self._parameter(key): key for key in self._file.keys()}  # noqa: SIM118
@@ -108,16 +108,6 @@ class Adapter:
         """The parts of `entry`."""
         a, b = self.factors(entry.name)
         return {"lora_A": a.to(entry.dtype), "lora_B": b.to(entry.dtype)}
-
-    def _read_config(self) -> dict[str, Any]:
-        file = self.path / ADAPTER_CONFIG
-        try:
-            body = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-        if not isinstance(body, dict):
-            raise CheckpointError(f"{file}: expected a JSON object")
-        return body
 
     def _check_config(self) -> None:
         kind = self.config.get("peft_type")

@@ -17,8 +17,7 @@ from bitdelta_core.delta.format import EMBEDDING, HEAD, DeltaReader, base_name, 
 from bitdelta_core.delta.pairing import is_tied, parameters
 from bitdelta_core.delta.shards import Spec, lay_out, shard_names, split
 from bitdelta_core.delta.sidecars import GENERATION_CONFIG, TOKENIZER_FILES
-from bitdelta_core.delta.writer import raw_bytes
-from bitdelta_core.errors import InvalidRequest
+from bitdelta_core.delta.writer import check_absent, raw_bytes, writing
 
 SHARD_BYTES = 5 * 10**9
 Progress = Callable[[int, int, str], None]
@@ -67,20 +66,20 @@ def restore(
     """Write the checkpoint that a delta stands for; `dtype` None keeps each tensor's own.
 
     Raises:
-        InvalidRequest: `out` exists.
+        InvalidRequest: `out` exists or cannot be written.
         CheckpointError, DeltaError: one of the two cannot be read, or they do not belong together.
     """
-    if out.exists():
-        raise InvalidRequest(f"{out} exists already: choose another directory or remove it", param="out")
+    check_absent(out)
     base = Checkpoint(base_path)
     variant = Variant(base, open_for(base, delta_path), dtype=dtype)
     work = out.with_name(out.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _write_weights(work, variant, shard_bytes, progress or (lambda done, total, name: None))
-    _write_config(work, variant)
-    _copy_sidecars(work, base.path, variant.delta)
-    work.rename(out)
+    with writing(out):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        _write_weights(work, variant, shard_bytes, progress or (lambda done, total, name: None))
+        _write_config(work, variant)
+        _copy_sidecars(work, base.path, variant.delta)
+        work.rename(out)
     return out
 
 

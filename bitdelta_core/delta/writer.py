@@ -1,7 +1,8 @@
 """Writing a delta directory, one parameter at a time, so that nothing but the parameter at hand is in memory.
 
-Everything goes to `OUT.partial/` first: preallocated shards and a journal of the parameters that are safely in them.
-A later run with the same fingerprint goes on where this one stopped; renaming the directory to OUT makes it visible.
+Everything goes to `OUT.partial/` first: sparse shards of full length, and a journal of the parameters that are safely
+in them. A later run with the same fingerprint goes on where this one stopped; renaming the directory to OUT makes it
+visible.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from bitdelta_core.delta.config import CONFIG_FILE, DeltaConfig, FileEntry
 from bitdelta_core.delta.shards import Extent, lay_out, shard_names, split
@@ -34,8 +36,7 @@ class DeltaWriter:
     def __init__(
         self, out: Path, entries: Sequence[TensorEntry], *, fingerprint: str = "", shard_bytes: int = SHARD_BYTES
     ) -> None:
-        if out.exists():
-            raise InvalidRequest(f"{out} exists already: choose another directory or remove it", param="out")
+        check_absent(out)
         self.out = out
         self.work = out.with_name(out.name + ".partial")
         self.entries = {entry.name: entry for entry in entries}
@@ -49,7 +50,8 @@ class DeltaWriter:
             for part, extent in layout.extents.items()
         }
         self._fingerprint = self._hash_fingerprint(fingerprint)
-        self.done = self._resume() or self._start()
+        with writing(out):
+            self.done = self._resume() or self._start()
 
     def put(self, entry: TensorEntry, parts: Parts) -> None:
         """Store one parameter, durably."""
@@ -79,8 +81,9 @@ class DeltaWriter:
     def save_trained(self, parts: Parts, losses: Mapping[str, float]) -> None:
         """Keep trained scales (and the losses that describe them) until `finish`, so that a resumed run has them."""
         metadata = {name: repr(value) for name, value in losses.items()}
-        save_file(dict(parts), self.work / "trained.tmp", metadata=metadata)
-        (self.work / "trained.tmp").rename(self.work / "trained")
+        with writing(self.out):
+            (self.work / "trained.tmp").write_bytes(save(dict(parts), metadata=metadata))
+            (self.work / "trained.tmp").rename(self.work / "trained")
 
     def load_trained(self) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
         """What an earlier run saved, or None."""
@@ -92,6 +95,10 @@ class DeltaWriter:
 
     def finish(self, config: DeltaConfig, sidecars: Mapping[str, bytes]) -> Path:
         """Add the other files and make the delta visible at `out`. `config.files` is filled in here."""
+        with writing(self.out):
+            return self._finish(config, sidecars)
+
+    def _finish(self, config: DeltaConfig, sidecars: Mapping[str, bytes]) -> Path:
         missing = self.entries.keys() - self.done
         assert not missing, f"never put: {sorted(missing)[:3]}"
         if len(self._layouts) > 1:
@@ -137,14 +144,14 @@ class DeltaWriter:
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         file, extent = self._home[name]
-        with file.open("r+b") as stream:
+        with writing(self.out), file.open("r+b") as stream:
             stream.seek(extent.start)
             stream.write(raw_bytes(tensor))
             stream.flush()
             os.fdatasync(stream.fileno())
 
     def _note(self, line: str) -> None:
-        with (self.work / "journal").open("a") as stream:
+        with writing(self.out), (self.work / "journal").open("a") as stream:
             stream.write(f"{line}\n")
             stream.flush()
             os.fdatasync(stream.fileno())
@@ -165,6 +172,21 @@ def write(
     for entry, tensors in parts:
         writer.put(entry, tensors)
     return writer.finish(config, sidecars)
+
+
+def check_absent(out: Path) -> None:
+    """Raise InvalidRequest if there is something at `out`: nothing is ever overwritten."""
+    if os.path.lexists(out):
+        raise InvalidRequest(f"{out} exists already: choose another directory or remove it", param="out")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn what the file system refuses while `out` is written (no space, no permission) into InvalidRequest."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidRequest(f"{out} cannot be written: {error.strerror or error}", param="out") from error
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

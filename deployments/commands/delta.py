@@ -112,7 +112,11 @@ def compress(
             revision=revision,
             progress=progress,
         )
-    _print_summary(summarise(open_delta(out)))
+    summary = summarise(open_delta(out))
+    _print_summary(summary)
+    losses = summary.provenance.get("distillation", {})
+    if losses and losses.get("loss_after") == losses.get("loss_before"):
+        typer.echo("distillation did not lower the loss: the scales are untrained; try a lower --distill-lr", err=True)
 
 
 def inspect(

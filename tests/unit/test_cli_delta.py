@@ -64,6 +64,12 @@ def test_compress_distils_by_default_and_names_the_base(base: Path, fine: Path, 
     assert (config.base_model_name_or_path, config.revision) == ("acme/base", "r1")
 
 
+def test_distillation_that_does_not_help_is_said(base: Path, fine: Path, tmp_path: Path) -> None:
+    quick = ("--distill-steps", 2, "--distill-batch", 1, "--distill-length", 8)
+    assert "did not lower the loss" in run("compress", base, fine, tmp_path / "a", *quick, "--distill-lr", 1e30).stderr
+    assert run("compress", base, fine, tmp_path / "b", *quick).stderr == ""
+
+
 def test_inspect_says_the_same_to_people_and_programs(delta: Path) -> None:
     facts = json.loads(run("inspect", delta, "--json").output)
     assert facts["nbytes"] == sum(f.stat().st_size for f in delta.iterdir())
@@ -92,7 +98,7 @@ def test_a_foreseen_error_is_one_line_on_stderr(
         cli.main()
     assert stop.value.code == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("bitdelta: made from the base")
+    assert captured.err.startswith(f"bitdelta: {delta}: made from the base")
     assert captured.err.count("\n") == 1
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -193,10 +195,56 @@ def test_another_base_is_refused_everywhere(base: Path, fine: Path, tmp_path: Pa
 def test_out_must_not_exist_and_base_must_be_here(base: Path, fine: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="exists already"):
         compress(base, fine, tmp_path)
-    with pytest.raises(InvalidRequest, match="local checkpoint directory"):
+    with pytest.raises(CheckpointError, match="hf download"):
         compress(Path("meta-llama/Llama"), fine, tmp_path / "delta")
     with pytest.raises(InvalidRequest, match="bits"):
         compress(base, fine, tmp_path / "delta", CompressOptions(bits=0))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("config.json", "[]", "config.json: expected a JSON object"),
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("model.safetensors.index.json", "[]", "expected a JSON object"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../x"}}', "outside its directory"),
+    ],
+)
+def test_checkpoints_that_are_malformed_are_named(base: Path, tmp_path: Path, file: str, text: str, named: str) -> None:
+    broken = shutil.copytree(base, tmp_path / "broken")
+    (broken / file).write_text(text)
+    with pytest.raises(CheckpointError, match=named):
+        compress(base, broken, tmp_path / "delta")
+
+
+def test_pickled_weights_are_not_read(base: Path, tmp_path: Path) -> None:
+    pickled = shutil.copytree(base, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickle, which is not read"):
+        compress(base, pickled, tmp_path / "delta")
+
+
+def test_an_output_that_cannot_be_written_is_named(base: Path, fine: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    delta = compress(base, fine, tmp_path / "delta")
+    for write in (lambda: compress(base, fine, out), lambda: restore(base, delta, out)):
+        with pytest.raises(InvalidRequest, match=f"{out} cannot be written: Not a directory"):
+            write()
+
+
+def test_a_full_disk_is_named_and_the_run_resumes(
+    base: Path, fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        with pytest.raises(InvalidRequest, match="cannot be written: No space left on device"):
+            compress(base, fine, tmp_path / "delta")
+    assert verify(base, compress(base, fine, tmp_path / "delta")).nbytes
 
 
 def test_shards_hold_the_same_as_one_file(base: Path, fine: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 import torch
@@ -15,14 +17,14 @@ from bitdelta_core.delta import compress as room
 from bitdelta_core.delta.bitdelta import encode, unpack
 from bitdelta_core.delta.calibration import Batches, read_calibration, sequences
 from bitdelta_core.delta.compress import compress, delta_config, plan, stream
-from bitdelta_core.delta.distill import Distillation, DistillOptions, prepare
+from bitdelta_core.delta.distill import Distillation, DistillOptions, prepare, tokenise
 from bitdelta_core.delta.format import open_delta
 from bitdelta_core.delta.planning import CompressOptions
 from bitdelta_core.delta.signlinear import SignLinear
 from bitdelta_core.delta.spec import ScaleLayout, TensorEntry
 from bitdelta_core.delta.writer import DeltaWriter
-from bitdelta_core.errors import InvalidRequest
-from tests.tiny import make_base, make_finetune
+from bitdelta_core.errors import CheckpointError, InvalidRequest
+from tests.tiny import make_base, make_finetune, make_tokenizer
 
 LAYOUTS: list[ScaleLayout] = ["tensor", "row", "row_col"]
 QUICK = DistillOptions(steps=12, batch=2, length=24, lr=0.02)
@@ -93,7 +95,8 @@ def distillation(base: Path, fine: Path, work: Path, options: DistillOptions) ->
     config = delta_config(checkpoint, source)
     writer = DeltaWriter(work, source.entries)
     stream(source, writer)
-    return prepare(checkpoint, Checkpoint(fine), config, writer, read_calibration(None), options)
+    tuned = Checkpoint(fine)
+    return prepare(checkpoint, tuned, config, writer, tokenise(checkpoint, tuned, read_calibration(None), options))
 
 
 def test_only_the_scales_are_trained_and_padding_does_not_count(base: Path, fine: Path, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_calibration_files(base: Path, fine: Path, tmp_path: Path) -> None:
     decoded = [tokenizer.decode(ids) for ids in sequences(text, tokenizer, length=64, jsonl=True)]
     assert "hello" in decoded[0]
     assert decoded[1] == "<|user|>hi\n"
-    for bad in (b"", b'{"other": 1}', b"no json"):
+    for bad in (b"", b'{"other": 1}', b"no json", b"\xff\xfe", b'{"messages": [1]}'):
         with pytest.raises(InvalidRequest, match="calibration"):
             sequences(bad, tokenizer, length=8, jsonl=True)
     for file, named in ((tmp_path / "x.csv", ".jsonl"), (tmp_path / "none.txt", "cannot be read")):
@@ -170,14 +173,55 @@ def test_calibration_files(base: Path, fine: Path, tmp_path: Path) -> None:
 
 
 def test_batches_pad_mask_and_repeat() -> None:
-    batches = iter(Batches([[1, 2, 3], [4], [5, 6]], size=2, pad=9))
+    batches = iter(Batches([[1, 2, 3], [4], [5, 6]], size=2))
     seen: list[int] = []
     for _ in range(3):
         ids, mask = next(batches)
         assert ids.shape == mask.shape
-        assert (ids[~mask] == 9).all()
+        assert (ids[~mask] == 0).all()
         seen += ids[mask].tolist()
     assert sorted(seen) == sorted([1, 2, 3, 4, 5, 6] * 2)
+
+
+def test_training_that_diverges_leaves_the_scales_as_they_were(base: Path, fine: Path, tmp_path: Path) -> None:
+    wild = DistillOptions(steps=6, batch=1, length=16, lr=1e30)
+    plain = open_delta(compress(base, fine, tmp_path / "plain"))
+    kept = open_delta(compress(base, fine, tmp_path / "wild", distillation=wild))
+    noted = kept.config.provenance["distillation"]
+    assert noted["loss_after"] == noted["loss_before"]
+    for entry in plain.config.tensors.values():
+        assert all(torch.equal(plain.part(entry, part), kept.part(entry, part)) for part in entry.parts())
+
+
+def test_the_same_seed_trains_the_same_scales(base: Path, fine: Path, tmp_path: Path) -> None:
+    once, again, other = (
+        compress(base, fine, tmp_path / name, distillation=replace(QUICK, seed=seed)) / "delta.safetensors"
+        for name, seed in (("once", 3), ("again", 3), ("other", 4))
+    )
+    assert once.read_bytes() == again.read_bytes()
+    assert once.read_bytes() != other.read_bytes()
+
+
+def test_tokenizers_that_do_not_serve_are_named_before_anything_is_written(
+    base: Path, fine: Path, tmp_path: Path
+) -> None:
+    def bare(source: Path) -> Path:
+        return copytree(source, tmp_path / source.name, ignore=ignore_patterns("tokenizer*", "chat_template*"))
+
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        compress(bare(base), bare(fine), tmp_path / "out", distillation=QUICK)
+    make_tokenizer(tmp_path / "fine", extra=tuple(f"<|{i}|>" for i in range(9)))
+    text = tmp_path / "text.txt"
+    text.write_text("words <|8|>")
+    with pytest.raises(CheckpointError, match="token 266, its embedding has 259 rows"):
+        compress(base, tmp_path / "fine", tmp_path / "out", distillation=replace(QUICK, calibration=text))
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        compress(
+            base, copytree(base, tmp_path / "plain"), tmp_path / "out", distillation=replace(QUICK, calibration=talk)
+        )
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"length": 1}, {"lr": 0.0}, {"lr": float("nan")}])
