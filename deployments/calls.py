@@ -12,10 +12,7 @@ from typing import Any
 
 from bitdelta_core.engine.api import SamplingParams, TokenEvent
 from bitdelta_core.errors import BitDeltaError
-from storage.errors import StorageError
 from storage.manifest import Manifest
-
-ServingError = BitDeltaError | StorageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +56,8 @@ class GenerateCall:
     target: Target
     prompt: str | tuple[int, ...] | ChatPrompt
     params: SamplingParams
+    left_out: frozenset[str] = frozenset()
+    """Fields of `params` that the request does not set: the variant's generation config may."""
     add_special_tokens: bool = True
     echo: bool = False
     """Whether Accepted shall say what the prompt's text is."""
@@ -100,4 +99,4 @@ class Tokens:
     max_model_len: int
 
 
-Item = Accepted | TokenEvent | BitDeltaError | StorageError
+Item = Accepted | TokenEvent | BitDeltaError

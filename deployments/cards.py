@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import datetime
 
-from deployments.calls import ModelInfo, Target
+from deployments.calls import ModelInfo
 from deployments.openai_responses import ModelCard, ModelList
 from storage.manifest import Manifest
 
 OWNER_OF_BASE = "bitdelta"
 
 
-def model_list(info: ModelInfo, manifests: Iterable[Manifest]) -> ModelList:
+def model_list(info: ModelInfo, manifests: Sequence[Manifest], context_lens: Sequence[int]) -> ModelList:
     """The base first, then the variants by their bare names."""
-    variants = (_variant(info, f"{m.owner}/{m.name}", m) for m in manifests)
-    return ModelList(object="list", data=[_base(info), *variants])
+    pairs = zip(manifests, context_lens, strict=True)
+    variants = (variant(info, f"{m.owner}/{m.name}", m, context_len) for m, context_len in pairs)
+    return ModelList(object="list", data=[base(info), *variants])
 
 
-def card(info: ModelInfo, target: Target) -> ModelCard:
-    return _base(info) if target.manifest is None else _variant(info, target.model, target.manifest)
-
-
-def _base(info: ModelInfo) -> ModelCard:
+def base(info: ModelInfo) -> ModelCard:
     return ModelCard(
         id=info.base_name,
         object="model",
@@ -34,7 +31,7 @@ def _base(info: ModelInfo) -> ModelCard:
     )
 
 
-def _variant(info: ModelInfo, name: str, manifest: Manifest) -> ModelCard:
+def variant(info: ModelInfo, name: str, manifest: Manifest, context_len: int) -> ModelCard:
     created = int(datetime.fromisoformat(manifest.created_at).timestamp()) if manifest.created_at else 0
     return ModelCard(
         id=name,
@@ -43,5 +40,5 @@ def _variant(info: ModelInfo, name: str, manifest: Manifest) -> ModelCard:
         owned_by=manifest.owner,
         root=manifest.model_id,
         parent=info.base_name,
-        max_model_len=info.max_model_len,
+        max_model_len=context_len,
     )

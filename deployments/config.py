@@ -55,6 +55,9 @@ class AppConfig(BaseSettings):
     served_model_name: str = ""
     """What clients call the base. Empty: the name of its directory."""
 
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: what a request leaves out is as the variant's generation_config.json says, or else the base's."""
+
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1)

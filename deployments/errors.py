@@ -9,9 +9,11 @@ ServingLayerError is a BitDeltaError
 
 from __future__ import annotations
 
+import copy
 import math
 
-from bitdelta_core.errors import BitDeltaError, InvalidRequest
+from bitdelta_core.errors import BitDeltaError, CheckpointError, DeltaError, InvalidRequest
+from deployments.calls import Target
 from deployments.openai_responses import ErrorBody, ErrorDetail
 from storage.errors import StorageError
 
@@ -66,6 +68,19 @@ class ReplicaLost(ServingLayerError):
 def http_error(status: int, code: str, message: str, param: str | None = None) -> ErrorBody:
     kind = _TYPES.get(status, "server_error")
     return ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+
+
+def named(error: BitDeltaError, target: Target) -> BitDeltaError:
+    """The same for whoever asked for this target. The engine knows hashes only, and others who wait for the same
+    bytes may know them by another name, so each is told in a copy."""
+    if target.manifest is None or not isinstance(error, DeltaError | CheckpointError):
+        return error
+    name = target.manifest.model_id
+    told = copy.copy(error)
+    told.args = (f"{name}: {error}",)
+    if isinstance(told, DeltaError):
+        told.delta = name
+    return told
 
 
 def describe(error: Exception) -> tuple[int, ErrorBody, dict[str, str]]:

@@ -6,6 +6,7 @@ Calls go by value over gRPC (`_by_reference=False`): besides being faster, a rep
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -20,7 +21,8 @@ from bitdelta_core.engine.api import TokenEvent
 from bitdelta_core.errors import BitDeltaError, Overloaded
 from deployments.calls import Accepted, DetokenizeCall, GenerateCall, ModelInfo, TokenizeCall, Tokens
 from deployments.errors import ReplicaLost
-from storage.errors import StorageError
+from deployments.metadata import context_overrides
+from storage.manifest import Manifest
 
 INGRESS, REPLICAS = "Ingress", "ModelReplica"
 """Names of the application's two deployments."""
@@ -45,6 +47,15 @@ class Gateway:
         self._info = info
         return info
 
+    async def context_lens(self, manifests: Sequence[Manifest]) -> list[int]:
+        """Longest sequence of each variant. A replica works out those for which `bitdelta push` noted changes."""
+        noted = [json.dumps(context_overrides(manifest), sort_keys=True) for manifest in manifests]
+        known = {"{}": (await self.info()).max_model_len}
+        if distinct := sorted({*noted} - known.keys()):
+            lens = await self._call("context_lens", [json.loads(text) for text in distinct])
+            known |= zip(distinct, lens, strict=True)
+        return [known[text] for text in noted]
+
     async def healthy(self) -> bool:
         """Whether a replica answers, and its engine is alive."""
         try:
@@ -63,7 +74,7 @@ class Gateway:
         """(number of the call, item) of all calls as they come. Leaving the generator cancels what still runs.
 
         Raises:
-            BitDeltaError, StorageError: the first that any call meets.
+            BitDeltaError: the first that any call meets.
         """
         source = self._several(calls) if len(calls) > 1 else self._numbered(0, calls[0])
         async with aclosing(source):
@@ -120,7 +131,7 @@ class Gateway:
         try:
             async for batch in response:
                 for item in batch:
-                    if isinstance(item, BitDeltaError | StorageError):
+                    if isinstance(item, BitDeltaError):
                         raise item
                     yield item
         except (RayError, RayServeException, grpc.RpcError) as error:
@@ -136,7 +147,7 @@ class Gateway:
             raise _named(error) from error
         finally:
             response.cancel()
-        if isinstance(answer, BitDeltaError | StorageError):
+        if isinstance(answer, BitDeltaError):
             raise answer
         return answer
 

@@ -97,12 +97,16 @@ class Ingress:
     async def models(self, request: Request) -> Response:
         account, info = self._account(request), await self._gateway.info()
         manifests = await self._catalog.variants(info, account.owners)
-        return json_response(cards.model_list(info, manifests))
+        return json_response(cards.model_list(info, manifests, await self._gateway.context_lens(manifests)))
 
     @api.get("/v1/models/{model:path}")
     async def model(self, request: Request, model: str) -> Response:
         target = await self._target(model, self._account(request))
-        return json_response(cards.card(await self._gateway.info(), target))
+        info = await self._gateway.info()
+        if target.manifest is None:
+            return json_response(cards.base(info))
+        (context_len,) = await self._gateway.context_lens([target.manifest])
+        return json_response(cards.variant(info, target.model, target.manifest, context_len))
 
     @api.post("/tokenize")
     async def tokenize(self, request: Request) -> Response:

@@ -7,7 +7,9 @@ the answer, and has none.)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +23,7 @@ MAX_ERRORS = 10
 MAX_SHOWN = 200
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_PROMPTS = 1024
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 _RESERVED = (
     "add_generation_prompt chat_template continue_final_message conversation documents max_length messages padding "
     "processor_kwargs return_assistant_tokens_mask return_dict return_tensors tokenize tokenizer_kwargs tools "
@@ -108,10 +111,12 @@ class _Generation(_Body):
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _bias_keys_are_token_ids(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or all(str(key).isascii() and str(key).isdigit() for key in value):
-            return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
-        bad = next(key for key in value if not str(key).isdigit())
-        raise ValueError(f"logit_bias: keys must be token ids, got {str(bad)[:MAX_SHOWN]!r}")
+        if not isinstance(value, dict):
+            return value
+        for key in value:
+            if not _TOKEN_ID.fullmatch(str(key)):
+                raise ValueError(f"logit_bias: keys must be token ids, got {str(key)[:MAX_SHOWN]!r}")
+        return {str(key): bias for key, bias in value.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -132,6 +137,12 @@ class _Generation(_Body):
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             "stop_token_ids": tuple(self.stop_token_ids),
         }
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Fields of SamplingParams, under the name that they have there, for which the request says nothing."""
+        given = {"max_tokens" if name == "max_completion_tokens" else name for name in self.model_fields_set}
+        return frozenset(field.name for field in fields(SamplingParams)) - given
 
     @property
     def include_usage(self) -> bool:
@@ -179,9 +190,10 @@ class CompletionRequest(_Generation):
 
     def params(self) -> SamplingParams:
         """For the engine. It cannot generate nothing: for max_tokens 0 the one token is left out of the answer."""
+        limit = self.max_tokens if "max_tokens" in self.model_fields_set else max(self.max_tokens, self.min_tokens)
         params = SamplingParams(
             **self._common_params(),
-            max_tokens=self.max_tokens or 1,
+            max_tokens=limit or 1,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
         )

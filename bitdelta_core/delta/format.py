@@ -59,6 +59,11 @@ class DeltaReader:
         config_bytes = (self.path / CONFIG_FILE).stat().st_size
         return config_bytes + sum(entry.nbytes for entry in self.config.files.values())
 
+    def map_files(self) -> None:
+        """Map all weight files now: from here on the directory may be removed."""
+        for file in self.config.weight_files:
+            self._handle(file)
+
     @cached_property
     def _handles(self) -> dict[str, Any]:
         return {}
@@ -67,11 +72,17 @@ class DeltaReader:
         name = entry.part_name(part)
         file = self._extents[name][0]
         try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(self.path / file, framework="pt")
-            return getattr(self._handles[file], method)(name)
+            return getattr(self._handle(file), method)(name)
         except (SafetensorError, OSError) as error:
             raise DeltaFormatError(f"{file}: tensor {name!r}: {error}", delta=str(self.path)) from error
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(self.path / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise DeltaFormatError(f"{file}: {error}", delta=str(self.path)) from error
+        return self._handles[file]
 
 
 def open_delta(

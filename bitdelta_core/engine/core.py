@@ -192,8 +192,8 @@ class EngineCore:
         wanted = prompt + (params.max_tokens or 1)
         if wanted > limit:
             raise ContextLengthExceeded(
-                f"the prompt has {prompt} tokens and asks for {params.max_tokens or 'at least 1'} more, "
-                f"but the context of {request.delta or 'the base'} is {limit} tokens",
+                f"This model's maximum context length is {limit} tokens. However, you requested {wanted} tokens "
+                f"({prompt} in the prompt, {params.max_tokens or 'at least 1'} for the completion).",
                 param="max_tokens" if prompt < limit else "prompt",
             )
         for name, ids in (("prompt", request.prompt_token_ids), ("logit_bias", params.logit_bias)):
@@ -279,4 +279,4 @@ def _not_finite(seq: Sequence) -> BitDeltaError:
     what = f"at position {len(seq.tokens)} no token has a finite probability: the weights hold NaN or infinity"
     if seq.delta is None:
         return CheckpointError(f"base: {what}, or logit_bias excludes every token")
-    return DeltaError(f"variant {seq.delta}: {what}, or logit_bias excludes every token", delta=seq.delta)
+    return DeltaError(f"{what}, or logit_bias excludes every token", delta=seq.delta)

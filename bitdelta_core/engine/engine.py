@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bitdelta_core.engine.core import Deliver
 from bitdelta_core.engine.loading import LoadedBase, build_core
 from bitdelta_core.engine.sources import DeltaSource
 from bitdelta_core.engine.thread import EngineThread
+from bitdelta_core.engine.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Engine:
 
         Args:
             model_path: a Hugging Face checkpoint directory.
-            delta_source: sha256 -> directory of the delta's files; may block. Without one, only `add_delta` adds any.
+            delta_source: sha256 -> context manager of the directory of the delta's files; may block. Without one, only
+                `add_delta` adds any.
 
         Raises:
             CheckpointError: the base cannot be read.
@@ -75,7 +77,19 @@ class Engine:
         Raises:
             DeltaError: its files cannot be had, or its tokenizer cannot be read.
         """
-        return self._base.vocabularies.get(delta).tokenizer
+        return self.vocabulary(delta).tokenizer
+
+    def vocabulary(self, delta: str | None = None) -> Vocabulary:
+        """A variant's tokenizer, and what else its files say beside the weights. Blocks and raises as `tokenizer`."""
+        return self._base.vocabularies.get(delta)
+
+    def context_len(self, config_overrides: Mapping[str, Any] | None = None) -> int:
+        """Longest sequence, prompt and answer, of a variant with these overrides of config.json; None: of the base.
+
+        Raises:
+            CheckpointError: the overrides are not ones that a variant can have.
+        """
+        return self._base.context_len(config_overrides or {})
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Enqueue. `deliver` is called in the engine's thread with every event, or with the error that ends the

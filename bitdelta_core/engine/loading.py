@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,14 +34,21 @@ class LoadedBase:
         self.sha256 = checkpoint.sha256()
         self.shapes = {name: checkpoint.shape(name) for name in checkpoint.names}
         self.files = DeltaFiles(source, retry_s=config.delta_retry_s)
-        self.vocabularies = Vocabularies(path, self.files.locate)
+        self.vocabularies = Vocabularies(path, self.files.held)
         block_bytes = kv_bytes_per_block(self.decoder.config, config.block_size, config.torch_dtype)
         self.memory = plan_memory(config, block_bytes=block_bytes)
+        self.max_model_len = min(config.max_model_len or self.memory.kv_tokens, self.memory.kv_tokens)
         self.variant = _variant(self.decoder.config, self.vocabularies, None)
+
+    def context_len(self, config_overrides: Mapping[str, Any]) -> int:
+        """Longest sequence that a variant with these overrides of config.json may have here."""
+        return min(self.decoder.config.with_overrides(config_overrides).context_len, self.max_model_len)
 
     def open(self, delta: str) -> OpenedVariant:
         """Fetch, validate and plan one delta. Blocks; runs in a loader thread."""
-        reader = open_delta(self.files.locate(delta), expected_base_sha256=self.sha256, base_shapes=self.shapes)
+        with self.files.held(delta) as path:
+            reader = open_delta(path, expected_base_sha256=self.sha256, base_shapes=self.shapes)
+            reader.map_files()
         layout = VariantLayout.plan(reader.config, self.decoder.config, self.memory.dtype, self.memory.device)
         return OpenedVariant(reader, layout, self.decoder, _variant(layout.config, self.vocabularies, delta))
 
@@ -85,7 +93,7 @@ def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None])
             host_cache_bytes=config.host_cache_bytes,
             retry_s=config.delta_retry_s,
         ),
-        max_model_len=min(config.max_model_len or memory.kv_tokens, memory.kv_tokens),
+        max_model_len=base.max_model_len,
         slab_patience_s=config.slab_patience_s,
     )
 

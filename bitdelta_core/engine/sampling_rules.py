@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 100
+MAX_ID = 2**31 - 1
+"""Of what becomes an element of a tensor."""
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 
@@ -28,7 +30,7 @@ def check(params: SamplingParams) -> None:
         )
     _between("temperature", params.temperature, 0, 2)
     _between("top_p", params.top_p, 0, 1, open_low=True)
-    _whole("top_k", params.top_k, -1, None)
+    _whole("top_k", params.top_k, -1, MAX_ID)
     _between("min_p", params.min_p, 0, 1)
     _between("presence_penalty", params.presence_penalty, -2, 2)
     _between("frequency_penalty", params.frequency_penalty, -2, 2)
@@ -73,4 +75,4 @@ def _check_stops(params: SamplingParams) -> None:
                 f"stop strings must have 1 to {MAX_STOP_CHARACTERS} characters, got {str(text)[:50]!r}", param="stop"
             )
     for token in params.stop_token_ids:
-        _whole("stop_token_ids", token, 0, None)
+        _whole("stop_token_ids", token, 0, MAX_ID)

@@ -38,6 +38,7 @@ def push(
 ) -> None:
     """Publish a delta as the next version of owner/name, and print that version."""
     from bitdelta_core.delta.format import open_delta
+    from deployments.metadata import metadata_of
     from storage import InvalidSource
 
     if not (directory / "delta_config.json").is_file():
@@ -54,7 +55,7 @@ def push(
             name,
             base_sha256=config.base_sha256,
             base_model=config.base_model_name_or_path,
-            metadata={"codec": config.codec, "delta_format_version": config.format_version},
+            metadata=metadata_of(config),
             expected_sha256={path: entry.sha256 for path, entry in config.files.items()},
             on_progress=report,
         )

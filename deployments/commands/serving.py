@@ -20,6 +20,9 @@ def serve(
     num_replicas: Annotated[int | None, typer.Option(help="Model replicas.")] = None,
     num_gpus: Annotated[float | None, typer.Option(help="GPUs per replica.")] = None,
     num_cpus: Annotated[float | None, typer.Option(help="CPUs (and threads) per replica.")] = None,
+    generation_config: Annotated[
+        str | None, typer.Option(help="auto: defaults from each variant's generation_config.json; none: the API's.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join, or auto.", envvar="RAY_ADDRESS")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda", rich_help_panel=Engine)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16", rich_help_panel=Engine)] = None,

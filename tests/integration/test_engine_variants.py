@@ -8,7 +8,9 @@ import random
 import shutil
 import struct
 import threading
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from bitdelta_core import Engine, EngineConfig, GenerationRequest, SamplingParam
 from bitdelta_core.delta.compress import compress
 from bitdelta_core.engine.sources import content_sha256
 from bitdelta_core.errors import BaseMismatch, ContextLengthExceeded, DeltaError, DeltaFormatError, DeltaTooLarge
+from deployments.replica import Deltas
+from storage import Catalog, DiskCache, Repository, open_store
 from storage.manifest import FileEntry, Manifest
 from tests.integration.engine_zoo import KINDS, Zoo
 from tests.tiny import make_base, make_finetune
@@ -131,10 +135,10 @@ async def test_streams_beside_failures(zoo: Zoo, expected: dict, tmp_path: Path)
     foreign = compress(stranger, make_finetune(stranger, tmp_path / "fine"), tmp_path / "foreign")
     gate = threading.Event()
 
-    def source(sha256: str) -> Path:
+    def source(sha256: str) -> nullcontext[Path]:
         assert sha256 == "slow"
         assert gate.wait(60)
-        return good
+        return nullcontext(good)
 
     with Engine(zoo.base, EngineConfig(device="cpu", num_kv_blocks=200, slab_bytes=16 << 20), source) as engine:
         shas = {
@@ -174,6 +178,45 @@ def overwrite(file: Path, part_of_name: str, value: float) -> None:
     file.write_bytes(data)
 
 
+def test_a_source_may_take_the_files_away_once_they_are_mapped(zoo: Zoo, expected: dict, tmp_path: Path) -> None:
+    """As a disk cache does: outside the source's `with` block nothing of the directory is opened again."""
+
+    @contextmanager
+    def source(kind: str) -> Iterator[Path]:
+        place = tmp_path / f"{kind}-{uuid.uuid4().hex}"
+        yield shutil.copytree(zoo.deltas[kind], place)
+        shutil.rmtree(place)
+
+    with Engine(zoo.base, EngineConfig(device="cpu", num_kv_blocks=200, slab_bytes=16 << 20), source) as engine:
+        for (kind, prompt), answer in expected.items():
+            if kind is not None:
+                assert engine.generate(prompt, GREEDY, delta=kind)[0].token_ids == answer
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_variants_pass_through_a_tiny_disk_cache(zoo: Zoo, expected: dict, tmp_path: Path) -> None:
+    """It holds the largest delta and little more, and the slab not many: directories are evicted over and over."""
+    catalog = Catalog(open_store(tmp_path / "repo"))
+    kinds = sorted(zoo.deltas)
+    manifests = {kind: catalog.publish(zoo.deltas[kind], f"a/{kind}", base_sha256="0" * 64) for kind in kinds}
+    budget = max(manifest.nbytes for manifest in manifests.values()) * 5 // 4
+    cache = DiskCache(tmp_path / "cache", budget)
+    deltas = Deltas(Repository(catalog.store, cache))
+    for manifest in manifests.values():
+        deltas.remember(manifest)
+    asked = [(kind, prompt, answer) for (kind, prompt), answer in expected.items() if kind is not None] * 2
+    random.Random(0).shuffle(asked)
+    with Engine(zoo.base, EngineConfig(device="cpu", num_kv_blocks=200, slab_bytes=2 * budget), deltas.lease) as engine:
+        for turn in range(0, len(asked), 8):
+            part = asked[turn : turn + 8]
+            shas = [manifests[kind].delta_sha256 for kind, _, _ in part]
+            found = engine.generate([prompt for _, prompt, _ in part], GREEDY, delta=shas)
+            assert [c.token_ids for c in found] == [answer for _, _, answer in part]
+            assert cache.stats().nbytes <= budget
+        assert engine.stats().delta_evictions_total
+    cache.check_integrity()
+
+
 def test_a_variant_with_nan_weights_fails_alone_and_poisons_no_block(zoo: Zoo, expected: dict, tmp_path: Path) -> None:
     """Its K and V are NaN: whoever gets its blocks afterwards must not see them."""
     poisoned = shutil.copytree(zoo.deltas["dense"], tmp_path / "poisoned")
@@ -181,8 +224,9 @@ def test_a_variant_with_nan_weights_fails_alone_and_poisons_no_block(zoo: Zoo, e
     with Engine(zoo.base, EngineConfig(device="cpu", num_kv_blocks=12, slab_bytes=16 << 20)) as engine:
         bad = engine.add_delta(poisoned)
         prompt = tuple(range(20))
-        with pytest.raises(DeltaError, match=bad):
+        with pytest.raises(DeltaError, match="NaN or infinity") as caught:
             engine.generate(prompt, GREEDY, delta=bad)
+        assert caught.value.delta == bad
         for (kind, prompt), answer in expected.items():
             if kind is None:
                 assert engine.generate([prompt] * 4, GREEDY)[3].token_ids == answer

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from bitdelta_core.delta.compress import compress
+from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.errors import DeltaFormatError
 from deployments.cli import app
-from storage import Conflict, CorruptBlob, InvalidName, InvalidSource, NotFound
+from deployments.metadata import context_overrides, metadata_of
+from storage import Conflict, CorruptBlob, FileEntry, InvalidName, InvalidSource, Manifest, NotFound
 
 Run = Callable[..., Result]
 
@@ -51,6 +54,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def files(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_push_notes_what_changes_the_context() -> None:
+    changes = {"max_position_embeddings": 64, "eos_token_id": 7, "rope_scaling": {"$absent": True}}
+    config = DeltaConfig(base_sha256="0" * 64, codec="dense", tensors={}, files={}, config_overrides=changes)
+    files = (FileEntry(path="f", sha256="0" * 64, nbytes=1),)
+    manifest = Manifest(owner="a", name="b", version=1, files=files, base_sha256="0" * 64, metadata=metadata_of(config))
+    assert context_overrides(manifest) == {"max_position_embeddings": 64, "rope_scaling": {"$absent": True}}
+    assert context_overrides(replace(manifest, metadata={"context_overrides": [1]})) == {}
 
 
 def test_push_pull_ls_alias_rm_gc(run: Run, deltas: list[Path], tmp_path: Path) -> None:

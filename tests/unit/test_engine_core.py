@@ -276,7 +276,7 @@ def test_a_poisoned_variant_fails_alone() -> None:
     world.run()
     assert set(world.errors) == {"b"}
     assert isinstance(world.errors["b"], DeltaError)
-    assert B in str(world.errors["b"])
+    assert world.errors["b"].delta == B
     assert all(world.tokens(n, i) == answer(d, PROMPT, 6) for n, d in (("base", None), ("a", A)) for i in range(2))
     world.assert_idle()
 

@@ -17,10 +17,11 @@ from bitdelta_core.errors import InvalidRequest
     [
         ("n", 0), ("n", 129), ("n", True), ("max_tokens", 0), ("max_tokens", 1.5), ("min_tokens", -1),
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1),
-        ("top_k", -2), ("min_p", -0.1), ("min_p", 1.5), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
+        ("top_k", -2), ("top_k", 10**30), ("min_p", -0.1), ("min_p", 1.5),
+        ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
         ("repetition_penalty", 0.0), ("seed", 2**64), ("logprobs", -1), ("logprobs", 101), ("prompt_logprobs", -1),
         ("logit_bias", {5: 101.0}), ("logit_bias", {-1: 1.0}), ("stop", ("",)), ("stop", ("x",) * 65),
-        ("stop", ("x" * 1025,)), ("stop_token_ids", (-1,)),
+        ("stop", ("x" * 1025,)), ("stop_token_ids", (-1,)), ("stop_token_ids", (10**30,)),
     ],
 )  # fmt: skip
 def test_out_of_range(name: str, value: Any) -> None:

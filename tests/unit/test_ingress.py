@@ -10,10 +10,10 @@ import pytest
 from starlette.requests import Request
 
 from bitdelta_core.errors import BaseMismatch, ContextLengthExceeded, DeltaUnavailable, InvalidRequest, Overloaded
-from deployments.calls import ModelInfo
-from deployments.cards import card, model_list
+from deployments import cards
+from deployments.calls import ModelInfo, Target
 from deployments.catalog import Catalog
-from deployments.errors import ModelNotFound, PayloadTooLarge, Unauthorized, describe
+from deployments.errors import ModelNotFound, PayloadTooLarge, Unauthorized, describe, named
 from deployments.http import read_json
 from storage import FileEntry, Manifest, NotFound, VariantInfo
 from storage.errors import StoreUnavailable
@@ -147,9 +147,23 @@ async def test_lookups_do_not_wait_for_each_other() -> None:
         await stuck
 
 
-async def test_cards() -> None:
-    found = model_list(INFO, [manifest("acme", "a", 3)]).data
+def test_cards() -> None:
+    variant = manifest("acme", "a", 3)
+    found = cards.model_list(INFO, [variant], [64]).data
     assert [(c.id, c.parent, c.root) for c in found] == [("base", None, "base"), ("acme/a", "base", "acme/a@3")]
     assert found[1].created == 1767323045
-    target = await Catalog(Shelf()).target("acme/a:stable", INFO, None)
-    assert card(INFO, target).id == "acme/a:stable"
+    assert [c.max_model_len for c in found] == [INFO.max_model_len, 64]
+    assert cards.variant(INFO, "acme/a:stable", variant, 64).id == "acme/a:stable"
+
+
+def test_an_error_names_the_variant_as_its_client_knows_it() -> None:
+    """One error, remembered by hash, is told to clients who know the same bytes by different names."""
+    error = DeltaUnavailable("no answer", delta="f" * 64, retry_after_s=7)
+    for owner in ("acme", "zeta"):
+        told = named(error, Target(model=f"{owner}/a", manifest=manifest(owner, "a", 3)))
+        assert str(told) == f"{owner}/a@3: no answer"
+        assert (type(told), told.retry_after_s) == (DeltaUnavailable, 7)
+    assert str(error) == "no answer"
+    refused = InvalidRequest("n must be 1", param="n")
+    assert named(refused, Target(model="acme/a", manifest=manifest("acme", "a"))) is refused
+    assert named(error, Target(model="base")) is error

@@ -1,17 +1,23 @@
-"""The parts of a model replica that need no engine: where deltas and tokenizers come from, what Serve is told."""
+"""The parts of a model replica that need no engine: where deltas and vocabularies come from, what Serve is told."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitdelta_core.engine.api import EngineStats
-from bitdelta_core.errors import BitDeltaError, DeltaFormatError, DeltaUnavailable, EngineDead
-from deployments.replica import Deltas, ModelReplica, Tokenizers
+from bitdelta_core.engine.vocabulary import Vocabulary
+from bitdelta_core.errors import BitDeltaError, CheckpointError, DeltaFormatError, DeltaUnavailable, EngineDead
+from deployments.calls import Target
+from deployments.openai_api import CompletionRequest, parse_body
+from deployments.replica import Deltas, ModelReplica, Vocabularies
+from deployments.requests import completion_calls
 from deployments.router import RESIDENT, hint
 from storage import CacheFull, CorruptBlob, FileEntry, Manifest, NotFound, StoreUnavailable
 
@@ -24,7 +30,7 @@ class Repository:
     def __init__(self, answer: Path | Exception) -> None:
         self.answer = answer
 
-    def fetch(self, manifest: Manifest) -> Path:
+    def lease(self, manifest: Manifest) -> Path:
         assert manifest == MANIFEST
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -37,8 +43,8 @@ def deltas(answer: Path | Exception) -> Deltas:
     return found
 
 
-def test_a_delta_is_fetched_by_its_hash() -> None:
-    assert deltas(Path("/x")).fetch(MANIFEST.delta_sha256) == Path("/x")
+def test_a_delta_is_leased_by_its_hash() -> None:
+    assert deltas(Path("/x")).lease(MANIFEST.delta_sha256) == Path("/x")
 
 
 @pytest.mark.parametrize(
@@ -51,34 +57,56 @@ def test_a_delta_is_fetched_by_its_hash() -> None:
     ],
 )
 def test_what_storage_says_becomes_an_error_of_the_variant(raised: Exception, expected: type[BitDeltaError]) -> None:
-    with pytest.raises(expected, match="a/b@3") as caught:
-        deltas(raised).fetch(MANIFEST.delta_sha256)
+    with pytest.raises(expected, match=str(raised)) as caught:
+        deltas(raised).lease(MANIFEST.delta_sha256)
     if isinstance(raised, StoreUnavailable):
         assert caught.value.retry_after_s == 7
 
 
-async def test_a_cold_tokenizer_is_read_once_and_holds_up_no_warm_one() -> None:
+@pytest.mark.parametrize("room_comes", [True, False])
+def test_a_full_cache_is_waited_for(room_comes: bool) -> None:
+    """Other deltas leave it when they have been read; one that can never fit is told at once."""
+    answers: list[Any] = [CacheFull("in use", retry_after_s=5.0), CacheFull("too large")]
+    if room_comes:
+        answers[1] = Path("/x")
+
+    class Full(Repository):
+        def lease(self, manifest: Manifest) -> Path:
+            self.answer = answers.pop(0)
+            return super().lease(manifest)
+
+    found = Deltas(Full(Path()))  # pyright: ignore[reportArgumentType]
+    found.remember(MANIFEST)
+    if room_comes:
+        assert found.lease(MANIFEST.delta_sha256) == Path("/x")
+    else:
+        with pytest.raises(DeltaUnavailable, match="too large"):
+            found.lease(MANIFEST.delta_sha256)
+    assert answers == []
+
+
+async def test_a_cold_vocabulary_is_read_once_and_holds_up_no_warm_one() -> None:
     release, loads = threading.Event(), []
 
     def load(delta: str | None) -> Any:
         loads.append(delta)
         if delta is not None:
             release.wait(10)
-        return f"tokenizer of {delta}"
+        return f"vocabulary of {delta}"
 
-    tokenizers = Tokenizers(load)
-    assert await tokenizers.get(None) == "tokenizer of None"
-    cold = [asyncio.create_task(tokenizers.get("d")) for _ in range(100)]
+    vocabularies = Vocabularies(load)
+    assert await vocabularies.get(None) == "vocabulary of None"
+    cold = [asyncio.create_task(vocabularies.get("d")) for _ in range(100)]
     await asyncio.sleep(0)
-    assert await asyncio.wait_for(tokenizers.get(None), 1) == "tokenizer of None"
+    assert await asyncio.wait_for(vocabularies.get(None), 1) == "vocabulary of None"
     cold[0].cancel()
     release.set()
-    assert set(await asyncio.gather(*cold[1:])) == {"tokenizer of d"}
+    assert set(await asyncio.gather(*cold[1:])) == {"vocabulary of d"}
     assert loads == [None, "d"]
 
 
-async def test_a_tokenizer_that_cannot_be_had_is_asked_for_again() -> None:
-    answers: list[Any] = [DeltaUnavailable("down"), "tokenizer"]
+async def test_a_vocabulary_that_cannot_be_had_is_asked_for_again() -> None:
+    answers: list[Any] = [DeltaUnavailable("down"), "vocabulary"]
 
     def load(delta: str | None) -> Any:
         answer = answers.pop(0)
@@ -86,10 +114,10 @@ async def test_a_tokenizer_that_cannot_be_had_is_asked_for_again() -> None:
             raise answer
         return answer
 
-    tokenizers = Tokenizers(load)
+    vocabularies = Vocabularies(load)
     with pytest.raises(DeltaUnavailable):
-        await tokenizers.get("d")
-    assert await tokenizers.get("d") == "tokenizer"
+        await vocabularies.get("d")
+    assert await vocabularies.get("d") == "vocabulary"
 
 
 class Engine:
@@ -102,6 +130,45 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return EngineStats(resident=("f" * 64, "a" * 64))
+
+    def context_len(self, config_overrides: Mapping[str, Any]) -> int:
+        return config_overrides.get("max_position_embeddings", 100)
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt_tokens", "expected"),
+    [
+        ({}, 10, {"temperature": 0.6, "top_k": 20, "max_tokens": 30}),
+        ({}, 35, {"max_tokens": 5}),
+        ({}, 50, {"max_tokens": 1}),
+        ({"temperature": 1.0, "max_tokens": 90}, 35, {"temperature": 1.0, "top_k": 20, "max_tokens": 90}),
+    ],
+)
+def test_what_a_request_leaves_out_is_the_variants_to_say(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], prompt_tokens: int, expected: dict[str, Any]
+) -> None:
+    """A limit that the request did not set is cut to the context; one that it set is the engine's to refuse."""
+    monkeypatch.delattr(ModelReplica, "__del__")
+    defaults = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 30}
+    vocabulary = Vocabulary(None, frozenset(), defaults, {"max_position_embeddings": 40})
+    body = parse_body(CompletionRequest, {"prompt": "x", **given})
+    (call,) = completion_calls(body, "r", Target(model="m"), "")
+    found = replica(dead=False)
+    found._own_defaults = True
+    params = found._params(call, vocabulary, prompt_tokens)
+    assert {name: getattr(params, name) for name in expected} == expected
+    found._own_defaults = False
+    plain = replace(call.params, max_tokens=max(1, min(16, 40 - prompt_tokens)) if not given else 90)
+    assert found._params(call, vocabulary, prompt_tokens) == plain
+
+
+def test_a_broken_generation_config_is_the_variants_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ModelReplica, "__del__")
+    (call,) = completion_calls(parse_body(CompletionRequest, {"prompt": "x"}), "r", Target(model="m"), "")
+    found = replica(dead=False)
+    found._own_defaults = True
+    with pytest.raises(CheckpointError, match=r"generation_config.json: temperature"):
+        found._params(call, Vocabulary(None, frozenset(), {"temperature": "hot"}), 1)
 
 
 def replica(dead: bool) -> ModelReplica:

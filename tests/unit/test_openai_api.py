@@ -90,6 +90,16 @@ def test_defaults_are_those_of_the_api() -> None:
     assert complete().add_special_tokens is True
 
 
+def test_what_a_request_leaves_out_is_known() -> None:
+    """A variant's generation config may fill it in. Null says nothing; a value equal to the default says something."""
+    left = complete(temperature=1.0, top_p=None, max_tokens=16).left_out
+    assert "top_p" in left
+    assert not left & {"temperature", "max_tokens"}
+    assert "max_tokens" in chat().left_out
+    assert "max_tokens" not in chat(max_completion_tokens=3).left_out
+    assert complete(min_tokens=20).params().max_tokens == 20
+
+
 def test_null_is_the_same_as_absent() -> None:
     assert complete(temperature=None, stop=None, suffix=None, logit_bias=None, user=None) == complete()
 
@@ -131,6 +141,8 @@ def test_unknown_parameters_are_refused_by_name() -> None:
         (CompletionRequest, TEXT | {"top_p": 0}, "top_p"),
         (CompletionRequest, TEXT | {"logit_bias": {"a": 1}}, "logit_bias"),
         (CompletionRequest, TEXT | {"logit_bias": {"1": 101}}, "logit_bias"),
+        (CompletionRequest, TEXT | {"logit_bias": {"²": 1}}, "logit_bias"),
+        (CompletionRequest, TEXT | {"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         (CompletionRequest, TEXT | {"logit_bias": {"1": "x"}}, "logit_bias"),
         (CompletionRequest, TEXT | {"logit_bias": [1]}, "logit_bias"),
         (CompletionRequest, TEXT | {"stop": [""]}, "stop"),
