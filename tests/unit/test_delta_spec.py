@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.compress import compress
@@ -61,6 +62,15 @@ def decode(entry: dict[str, Any], parts: Arrays, base: np.ndarray) -> np.ndarray
             return fine
 
 
+def untie(fine: Path) -> None:
+    """Give a fine-tune of a tied base a head of its own."""
+    tensors = load_file(fine / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, fine / "model.safetensors")
+    body = json.loads((fine / "config.json").read_text())
+    (fine / "config.json").write_text(json.dumps(body | {"tie_word_embeddings": False}))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -71,10 +81,13 @@ def decode(entry: dict[str, Any], parts: Arrays, base: np.ndarray) -> np.ndarray
     ],
     ids=["tensor", "row", "row_col", "dense"],
 )
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_page_is_enough_to_read_a_delta(options: CompressOptions, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["untied", "tied", "untied by the fine-tune"])
+def test_the_page_is_enough_to_read_a_delta(options: CompressOptions, head: str, tmp_path: Path) -> None:
+    tied = head != "untied"
     base = make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=42, tie_word_embeddings=tied)
     fine = make_finetune(base, tmp_path / "fine", new_tokens=("<|x|>",))
+    if head == "untied by the fine-tune":
+        untie(fine)
     delta = compress(base, fine, tmp_path / "delta", options, shard_bytes=9000)
     config = json.loads((delta / "delta_config.json").read_text())
     assert config["format_version"] == 1
@@ -82,9 +95,10 @@ def test_the_page_is_enough_to_read_a_delta(options: CompressOptions, tied: bool
     weights = dict(read_safetensors(base / "model.safetensors"))
     back = Checkpoint(restore(base, delta, tmp_path / "back"))
     assert config["tensors"]
+    assert ("lm_head.weight" in config["tensors"]) == (head != "tied")
     for name, entry in config["tensors"].items():
         own = {part.removeprefix(f"{name}."): t for part, t in parts.items() if part.rpartition(".")[0] == name}
-        mine = decode(entry, own, weights[name])
+        mine = decode(entry, own, weights.get(name, weights["model.embed_tokens.weight"]))
         np.testing.assert_allclose(mine, back.get(name).numpy(), rtol=1e-5, atol=1e-6)
     for name in set(weights) - set(config["tensors"]):
         np.testing.assert_array_equal(weights[name], back.get(name).numpy())
