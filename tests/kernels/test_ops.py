@@ -129,7 +129,7 @@ def test_delta_linear(mix: str, kind: str, size: tuple[int, int, int], generator
     assert_near(y, expected, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8-3", "sign", "quant4"])
+@pytest.mark.parametrize("kind", ["int8", "int8-3", "int8-col", "sign", "quant4"])
 @pytest.mark.parametrize("impl", ["dense", "digits", "int8pack", "reference"])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_implementations_agree(impl: str, kind: str, rows: int, generator: torch.Generator) -> None:
@@ -163,14 +163,37 @@ def test_digits_keep_bad_rows_to_themselves(generator: torch.Generator) -> None:
 def test_dispatch_has_a_reason_for_each_choice(generator: torch.Generator) -> None:
     small, column = random_delta("int8", 8, 32, generator), random_delta("int8-col", 8, 32, generator)
     exact = "digits" if torch_digits.available() else "dense"
-    assert choose(torch.empty(1, 32), small, 1) == "dense"
-    assert choose(torch.empty(1, 32), small, 2) == exact
-    assert choose(torch.empty(65, 32), small, 2) == "dense"
-    assert choose(torch.empty(1, 32), column, 2) == "dense"
+    assert choose(torch.empty(8, 32), small, 1) == "dense"
+    assert choose(torch.empty(8, 32), small, 2) == exact
+    assert choose(torch.empty(8, 32), column, 2) == exact
+    assert choose(torch.empty(9, 32), column, 2) == "dense"
+    large = Int8Delta(torch.empty(1, 2**14, 32, dtype=torch.int8), torch.empty(1, 2**14), None)
+    assert choose(torch.empty(64, 32), large) == exact
+    assert choose(torch.empty(65, 32), large) == "dense"
     assert choose(torch.empty(8, 32, dtype=torch.bfloat16), column) == "int8pack"
     assert choose(torch.empty(9, 32, dtype=torch.bfloat16), small) == "dense"
     assert choose(torch.empty(1, 36, dtype=torch.bfloat16), small) == "dense"
     assert choose(torch.empty(1, 32), random_delta("sign", 8, 32, generator), 4) == "dense"
+
+
+@pytest.mark.parametrize("kind", ["int8-3", "int8-col"])
+def test_digits_across_segments(kind: str, generator: torch.Generator) -> None:
+    """Runs that a base segment or another shape interrupts, unequal segments, members of a fused linear."""
+    if not torch_digits.available():
+        pytest.skip("this CPU does not multiply bytes")
+    deltas: dict[int, tuple[Placed, ...]] = {
+        slot: (
+            (1, random_delta(kind, 9 if slot == 2 else 7, 33, generator)),
+            (20, random_delta("int8", 5, 33, generator)),
+        )
+        for slot in (0, 1, 2, 4)
+    }
+    stops = [3, 4, 6, 9, 10, 14]
+    segments = tuple(Segment(i - 1, a, b) for i, (a, b) in enumerate(zip([0, *stops], stops, strict=False)))
+    y, x = torch.randn(14, 25, generator=generator), torch.randn(14, 33, generator=generator)
+    expected = expected_linear(y, x, deltas, segments)
+    delta_linear_(y, x, deltas, segments, impl="digits")
+    assert_near(y, expected, 1e-5)
 
 
 @pytest.mark.parametrize("mix", MIXES)
