@@ -63,11 +63,12 @@ def run(config: AppConfig, listen: Listen, say: Callable[[str], None] = print) -
         variants = check(config, listen)
         say(f"base        {config.base_name}  ({config.base})")
         say(f"repository  {repository_uri(config.repo)}  ({variants} variants)")
-        with _ray(config, listen), _application(config, listen, stop):
+        with ExitStack() as end, _ray(config, listen), _application(config, listen, stop):
             if not stop.is_set():
                 say(banner(config, listen))
             stop.wait()
             say("stopping")
+            end.enter_context(_hushed(listen))  # without a gap between the two endings
 
 
 def check(config: AppConfig, listen: Listen) -> int:
