@@ -73,11 +73,13 @@ class EngineThread:
             while open_choices:
                 event = await events.get()
                 if isinstance(event, BitDeltaError):
+                    open_choices = 0
                     raise event
                 open_choices -= event.finish_reason is not None
                 yield event
         finally:
-            self.abort(request.request_id)
+            if open_choices:  # otherwise the id may be another request's by now
+                self.abort(request.request_id)
 
     def stats(self) -> EngineStats:
         """As of the end of the last step."""

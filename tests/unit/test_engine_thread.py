@@ -73,6 +73,17 @@ async def test_closing_the_generator_aborts(running: Running) -> None:
     assert running.thread.stats().pinned == ()
 
 
+async def test_closing_a_finished_stream_spares_the_next_request_of_its_name(running: Running) -> None:
+    first = running.thread.stream(running.request("r", A, max_tokens=1))
+    assert (await anext(first)).finish_reason == "length"
+    second = running.thread.stream(running.request("r", B, max_tokens=30))
+    got = list((await anext(second)).token_ids)
+    await first.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+    async with asyncio.timeout(20):
+        got += [t async for event in second for t in event.token_ids]
+    assert got == answer(B, PROMPT, 30)
+
+
 async def test_cancelling_the_task_aborts_even_while_the_delta_loads(running: Running) -> None:
     gate = running.world.source.gates[A] = threading.Event()
     task = asyncio.create_task(running.tokens("r", A))
