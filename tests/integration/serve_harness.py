@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -150,7 +150,7 @@ class Server:
             away.rename(self.repo)
 
 
-def texts(answer: Any) -> Sequence[str]:
+def texts(answer: Any) -> list[str]:
     return [choice.text for choice in answer.choices]
 
 

@@ -142,7 +142,6 @@ def test_models(server: Server) -> None:
         ({"model": "acme/nothing"}, openai.NotFoundError, "model_not_found", "model"),
         ({"model": "gpt-4"}, openai.NotFoundError, "model_not_found", "model"),
         ({"prompt": ""}, openai.BadRequestError, "invalid_request", "prompt"),
-        ({"prompt": ["Hello", "", "Bye"]}, openai.BadRequestError, "invalid_request", "prompt"),
         ({"temperature": 3}, openai.BadRequestError, "invalid_request", "temperature"),
         ({"suffix": "x"}, openai.BadRequestError, "invalid_request", "suffix"),
         ({"extra_body": {"wrong": 1}}, openai.BadRequestError, "invalid_request", "wrong"),
@@ -159,6 +158,13 @@ def test_errors_have_a_status_a_code_and_a_param(
     with pytest.raises(error) as caught:
         server.client().completions.create(**asked)
     assert (caught.value.code, caught.value.param) == (code, param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_bad_prompt_of_several_fails_the_request(server: Server, stream: bool) -> None:
+    """When streamed, perhaps after another prompt's first token: then as an event, which the SDK raises."""
+    with pytest.raises(openai.APIError, match="prompt is empty"):
+        list(server.client().completions.create(model="acme/plain", prompt=["Hello", "", "Bye"], stream=stream))
 
 
 def test_a_variant_without_a_template_says_so(server: Server) -> None:
