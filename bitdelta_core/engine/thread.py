@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, TokenEvent
 from bitdelta_core.engine.core import Deliver, EngineCore, Job
@@ -20,6 +21,14 @@ from bitdelta_core.engine.mailbox import Mailbox
 from bitdelta_core.errors import BitDeltaError, EngineDead, InvalidRequest, Overloaded
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class _Open:
+    """A request that counts against the capacity."""
+
+    choices: int
+    """Those that have not ended."""
 
 
 class EngineThread:
@@ -37,8 +46,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: list[tuple[Deliver, TokenEvent | BitDeltaError]] = []
         self._mailbox = Mailbox()
-        self._live: dict[str, int] = {}
-        """Request id -> its choices that have not ended."""
+        self._live: dict[str, _Open] = {}
         self._dead: EngineDead | None = None
         self._closing = False
         self._stats = self._core.stats()
@@ -50,9 +58,10 @@ class EngineThread:
         request.params.validate()
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
-        job = Job(request, deliver=self._counting(request.request_id, deliver), seed=self._seed_of(request))
+        opened = _Open(request.params.n)
+        job = Job(request, deliver=self._counting(request.request_id, opened, deliver), seed=self._seed_of(request))
         with self._lock:
-            self._admit(request)
+            self._admit(request.request_id, opened)
             self._inbox.put(lambda: self._core.add(job))
         self._wake.set()
 
@@ -96,23 +105,23 @@ class EngineThread:
         self._wake.set()
         self._thread.join()
 
-    def _admit(self, request: GenerationRequest) -> None:
+    def _admit(self, request_id: str, opened: _Open) -> None:
         self.health()
-        if request.request_id in self._live:
-            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
-        if sum(self._live.values()) + request.params.n > self._capacity:
+        if request_id in self._live:
+            raise InvalidRequest(f"request id {request_id!r} is in use", param="request_id")
+        if sum(other.choices for other in self._live.values()) + opened.choices > self._capacity:
             raise Overloaded(f"{self._capacity} choices run or wait already, as many as this engine takes on")
-        self._live[request.request_id] = request.params.n
+        self._live[request_id] = opened
 
-    def _counting(self, request_id: str, deliver: Deliver) -> Deliver:
-        """`deliver` at the end of the step, and note what has ended."""
+    def _counting(self, request_id: str, opened: _Open, deliver: Deliver) -> Deliver:
+        """`deliver` at the end of the step, and note what has ended. An aborted request's id may be another's by now."""
 
         def wrapped(event: TokenEvent | BitDeltaError) -> None:
             if isinstance(event, BitDeltaError) or event.finish_reason is not None:
                 with self._lock:
-                    left = self._live.pop(request_id, 1) - 1
-                    if left and not isinstance(event, BitDeltaError):
-                        self._live[request_id] = left
+                    opened.choices = 0 if isinstance(event, BitDeltaError) else opened.choices - 1
+                    if not opened.choices and self._live.get(request_id) is opened:
+                        del self._live[request_id]
             self._outbox.append((deliver, event))
 
         return wrapped

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitdelta_core.engine.api import GenerationRequest, SamplingParams, TokenEvent
-from bitdelta_core.engine.thread import EngineThread
+from bitdelta_core.engine.thread import EngineThread, _Open
 from bitdelta_core.errors import DeltaFormatError, EngineDead, InvalidRequest, Overloaded
 from tests.unit.engine_fakes import World, answer
 
@@ -82,6 +82,14 @@ async def test_closing_a_finished_stream_spares_the_next_request_of_its_name(run
     async with asyncio.timeout(20):
         got += [t async for event in second for t in event.token_ids]
     assert got == answer(B, PROMPT, 30)
+
+
+def test_a_late_event_of_an_aborted_request_does_not_count_against_the_next_of_its_name(running: Running) -> None:
+    late = running.thread._counting("a", _Open(1), lambda event: None)
+    newer = running.thread._live["a"] = _Open(2)
+    late(TokenEvent(request_id="a", finish_reason="stop"))
+    assert running.thread._live.pop("a") is newer
+    assert newer.choices == 2
 
 
 async def test_cancelling_the_task_aborts_even_while_the_delta_loads(running: Running) -> None:
