@@ -114,7 +114,7 @@ class EngineThread:
         self._live[request_id] = opened
 
     def _counting(self, request_id: str, opened: _Open, deliver: Deliver) -> Deliver:
-        """`deliver` at the end of the step, and note what has ended. An aborted request's id may be another's by now."""
+        """`deliver` at the end of the step, and note what has ended. An aborted request's id may be another's."""
 
         def wrapped(event: TokenEvent | BitDeltaError) -> None:
             if isinstance(event, BitDeltaError) or event.finish_reason is not None:
