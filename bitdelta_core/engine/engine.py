@@ -20,6 +20,7 @@ from bitdelta_core.engine.completion import Completion, Prompt, collect, normali
 from bitdelta_core.engine.config import EngineConfig, MemoryPlan
 from bitdelta_core.engine.core import Deliver
 from bitdelta_core.engine.loading import LoadedBase, build_core
+from bitdelta_core.engine.passing import call_in_passing_thread
 from bitdelta_core.engine.sources import DeltaSource
 from bitdelta_core.engine.thread import EngineThread
 from bitdelta_core.engine.vocabulary import Vocabulary
@@ -48,10 +49,10 @@ class Engine:
             InvalidRequest: the config does not fit the machine.
         """
         self.config = config or EngineConfig()
-        self._base = LoadedBase(Path(model_path), self.config, delta_source)
+        self._base = call_in_passing_thread(partial(LoadedBase, Path(model_path), self.config, delta_source))
         log.info("engine on %s\n%s", model_path, self.memory.table())
         self._thread = EngineThread(
-            partial(build_core, self._base, self.config),
+            lambda wake: call_in_passing_thread(partial(build_core, self._base, self.config, wake)),
             capacity=self.config.max_num_seqs + self.config.max_waiting,
             seed=self.config.seed,
         )

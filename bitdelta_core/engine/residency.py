@@ -29,11 +29,15 @@ from typing import Any, Protocol
 
 import torch
 
+from bitdelta_core.engine.passing import run_in_passing_thread
 from bitdelta_core.engine.slab import Slab
 from bitdelta_core.engine.sources import as_delta_error
 from bitdelta_core.engine.variants import Variant
 from bitdelta_core.errors import BitDeltaError
 from bitdelta_core.models.variant import VariantWeights
+
+CLOSE_S = 0.5
+"""How long closing waits for loader threads; one whose source never answers is left behind."""
 
 
 class State(StrEnum):
@@ -87,20 +91,25 @@ class LoaderPool:
 
     def __init__(self, name: str, threads: int) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = threads
-        for i in range(threads):
-            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True).start()
+        self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
         self._jobs.put(job)
 
     def close(self) -> None:
-        for _ in range(self._threads):
+        """Idle threads have ended afterwards: one that is still ending while the interpreter does aborts the process."""
+        for _ in self._threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
+        """Each job in a thread of its own: see `run_in_passing_thread`."""
         while (job := self._jobs.get()) is not None:
-            job()
+            run_in_passing_thread(job)
 
 
 class Residency:
