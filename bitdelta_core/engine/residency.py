@@ -99,7 +99,7 @@ class LoaderPool:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Idle threads have ended afterwards: one that is still ending while the interpreter does aborts the process."""
+        """Idle threads have ended afterwards: one still on its way out when the interpreter ends aborts the process."""
         for _ in self._threads:
             self._jobs.put(None)
         deadline = time.monotonic() + CLOSE_S
