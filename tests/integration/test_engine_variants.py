@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,8 @@ def test_isolation_under_a_tiny_slab(zoo: Zoo, expected: dict) -> None:
             engine.generate([1], SamplingParams(max_tokens=1), delta=engine.add_delta(zoo.deltas[kind]))
             sizes.append(engine.stats().slab_bytes_used - sum(sizes))
     config = EngineConfig(device="cpu", num_kv_blocks=100, slab_bytes=max(sizes) + 60_000, slab_patience_s=0.0)
+    together = sum(total <= config.slab_bytes for total in accumulate(sorted(sizes)))
+    assert together < len(ALL), "the case is not tested"
     with Engine(zoo.base, config) as engine:
         shas = {kind: engine.add_delta(zoo.deltas[kind]) for kind in ALL}
         requests = asked("distinct", expected) * 2
@@ -121,7 +124,9 @@ def test_isolation_under_a_tiny_slab(zoo: Zoo, expected: dict) -> None:
         got = engine.generate([prompt for _, prompt in requests], GREEDY, delta=deltas)
         assert [c.token_ids for c in got] == [expected[r] for r in requests]
         stats = engine.stats()
-        assert stats.delta_evictions_total >= len(ALL) - 4
+        # in which order deltas arrive, and so how often one leaves, is up to the loader's threads
+        assert stats.delta_evictions_total == stats.delta_loads_total - len(stats.resident)
+        assert stats.delta_evictions_total >= len(ALL) - together
         assert (stats.pinned, stats.kv_blocks_used) == ((), 0)
 
 
