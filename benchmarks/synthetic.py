@@ -1,0 +1,159 @@
+"""Checkpoints and deltas of random numbers in the shapes of well-known models: what speed is measured on.
+
+Speed does not depend on the values, as long as they are neither zeros nor NaN. What answers are worth is measured on
+trained models (`fidelity.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.spec import ScaleLayout, TensorEntry
+from bitdelta_core.delta.writer import write
+from bitdelta_core.models.config import ModelConfig
+from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
+
+Kind = Literal["tensor", "row", "row_col", "lora", "dense"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one dense Llama."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int
+    rope_theta: float = 10000.0
+
+    def config(self) -> dict[str, Any]:
+        """config.json"""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.hidden // self.heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": "bfloat16",
+        }
+
+    def model(self) -> ModelConfig:
+        return ModelConfig.from_hf(self.config())
+
+
+SHAPES = {
+    "llama-2-7b": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256, 131072, 500000.0),
+    "small": Shape(512, 1536, 4, 8, 4, 4096, 4096),
+    "tiny": Shape(64, 256, 2, 4, 2, 320, 512),
+}
+
+
+def write_base(shape: Shape, out: Path, *, seed: int = 0, layers_per_file: int = 4) -> Path:
+    """A Hugging Face checkpoint in bfloat16, sharded. Made on the GPU where there is one."""
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(shape.config(), indent=1))
+    _write_tokenizer(out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    files: dict[str, list[str]] = {}
+    parameters = Parameters.of(shape.model())
+    for name in (*parameters.linears, *parameters.vectors):
+        layer = int(name.split(".")[2]) if ".layers." in name else -1
+        files.setdefault(f"model-{layer // layers_per_file + 1:02d}.safetensors", []).append(name)
+    for file, names in files.items():
+        save_file({n: _values(parameters, n, generator) for n in names}, out / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    return out
+
+
+def _values(parameters: Parameters, name: str, generator: torch.Generator) -> torch.Tensor:
+    device = generator.device
+    if (span := parameters.vectors.get(name)) is not None:
+        return torch.ones(span.stop - span.start, dtype=torch.bfloat16)
+    place = parameters.linears[name]
+    values = torch.randn(place.rows, place.columns, generator=generator, device=device)
+    return (values / math.sqrt(place.columns)).to("cpu", torch.bfloat16)
+
+
+def _write_tokenizer(out: Path) -> None:
+    """Bytes, and `<s>` and `</s>`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {char: i + 3 for i, char in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(out)
+
+
+def entries(
+    config: ModelConfig, kind: Kind, *, planes: int = 1, rank: int = 16, head_bits: int = 4
+) -> list[TensorEntry]:
+    """A delta that changes every linear; signs come with an int4 embedding and head, as a full fine-tune's."""
+    found = []
+    for name, place in Parameters.of(config).linears.items():
+        shape = (place.rows, place.columns)
+        if name in (EMBED, HEAD):
+            if kind not in ("lora", "dense"):
+                found.append(TensorEntry(name=name, shape=shape, codec="quant", bits=head_bits, rows=place.rows))
+        elif kind == "lora":
+            found.append(TensorEntry(name=name, shape=shape, codec="lora", rank=rank, scaling=1.0))
+        elif kind == "dense":
+            found.append(TensorEntry(name=name, shape=shape, codec="dense"))
+        else:
+            layout: ScaleLayout = kind
+            found.append(TensorEntry(name=name, shape=shape, codec="bitdelta", planes=planes, scale_layout=layout))
+    return found
+
+
+def random_part(dtype: torch.dtype, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random bits for packed values, small numbers for scales and factors."""
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return (torch.rand(shape, generator=generator) * 0.01 + 0.001).to(dtype)
+
+
+def write_delta(base: Path, out: Path, kind: Kind, *, seed: int = 0, planes: int = 1, rank: int = 16) -> Path:
+    """A delta of random numbers for a checkpoint."""
+    checkpoint = Checkpoint(base)
+    found = sorted(
+        entries(ModelConfig.from_hf(checkpoint.config), kind, planes=planes, rank=rank), key=lambda e: e.name
+    )
+    config = DeltaConfig(
+        base_sha256=checkpoint.sha256(),
+        codec="lora" if kind == "lora" else "dense" if kind == "dense" else "bitdelta",
+        tensors={entry.name: entry for entry in found},
+        files={},
+        base_model_name_or_path=base.name,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    parts = (
+        (e, {part: random_part(dtype, shape, generator) for part, (dtype, shape) in e.parts().items()}) for e in found
+    )
+    return write(out, config, parts, sidecars={})
