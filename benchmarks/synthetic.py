@@ -78,7 +78,7 @@ def write_base(shape: Shape, out: Path, *, seed: int = 0, layers_per_file: int =
     """A Hugging Face checkpoint in bfloat16, sharded. Made on the GPU where there is one."""
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(shape.config(), indent=1))
-    _write_tokenizer(out)
+    _write_tokenizer(out, shape.vocabulary)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     files: dict[str, list[str]] = {}
@@ -102,10 +102,11 @@ def _values(parameters: Parameters, name: str, generator: torch.Generator) -> to
     return (values / math.sqrt(place.columns)).to("cpu", torch.bfloat16)
 
 
-def _write_tokenizer(out: Path) -> None:
-    """Bytes, and `<s>` and `</s>`."""
+def _write_tokenizer(out: Path, size: int) -> None:
+    """Bytes, `<s>` and `</s>`; every other id has a text too, so that no token passes unseen."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {char: i + 3 for i, char in enumerate(alphabet)}
+    vocabulary |= {f"~{i}": i for i in range(len(vocabulary), size)}
     backend = Tokenizer(models.BPE(vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
