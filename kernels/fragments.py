@@ -10,6 +10,8 @@ Shapes: P planes, N rows, K columns, H = ceil(N / 16) tile rows, B = ceil(K / 25
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
@@ -26,14 +28,30 @@ def pack(sign_PNk: torch.Tensor, out_PHBLc: torch.Tensor) -> None:
     """Reorder sign bytes (uint8 [P, N, ceil(K / 8)], LSB first along K, as `SignDelta` has them) into fragments.
 
     Args:
-        out_PHBLc: int32 [P, H, B, 32, 4], written whole.
+        out_PHBLc: int32 [P, H, B, 32, 4], written whole; each plane contiguous.
     """
     planes, rows, nbytes = sign_PNk.shape
     high, wide = out_PHBLc.shape[1:3]
-    padded = sign_PNk.new_zeros((planes, high * TILE_ROWS, wide * TILE_COLUMNS // 8))
-    padded[:, :rows, :nbytes] = sign_PNk
-    words = padded.view(torch.int32).view(planes, high, 2, 8, wide, 2, 4)  # P, H, half, g, B, khalf, q
-    out_PHBLc.view(planes, high, wide, 8, 4, 2, 2).copy_(words.permute(0, 1, 4, 3, 6, 5, 2))
+    if (rows, nbytes) != (high * TILE_ROWS, wide * TILE_COLUMNS // 8):
+        padded = sign_PNk.new_zeros((planes, high * TILE_ROWS, wide * TILE_COLUMNS // 8))
+        padded[:, :rows, :nbytes] = sign_PNk
+        sign_PNk = padded
+    order = _order(wide, sign_PNk.device).expand(high, -1)
+    for sign_Nk, out_HBLc in zip(sign_PNk, out_PHBLc, strict=True):
+        torch.gather(_words(sign_Nk).view(high, -1), 1, order, out=out_HBLc.view(high, -1))
+
+
+def _words(sign_Nk: torch.Tensor) -> torch.Tensor:
+    """As int32; bytes that lie askew in a mapped file are copied first."""
+    return (sign_Nk if sign_Nk.data_ptr() % 4 == 0 else sign_Nk.clone()).contiguous().view(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _order(wide: int, device: torch.device) -> torch.Tensor:
+    """Which word of 16 row-major rows of `wide` tiles each fragment word is. A gather of whole rows of tiles runs at
+    several GB/s on one core, ten times faster than a permuted copy."""
+    words = torch.arange(TILE_ROWS * wide * 8, device=device).view(2, 8, wide, 2, 4)  # half, g, B, khalf, q
+    return words.permute(2, 1, 4, 3, 0).reshape(-1)
 
 
 def unpack(packed_PHBLc: torch.Tensor, n: int, k: int) -> torch.Tensor:
