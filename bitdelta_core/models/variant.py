@@ -93,14 +93,11 @@ class VariantLayout:
             DeltaFormatError: an entry names no parameter of the base, has another shape, or a codec out of place; or a
                 config override that is not supported.
         """
-        try:
-            config = base_config.with_overrides(delta.config_overrides)
-        except CheckpointError as error:
-            raise DeltaFormatError(f"config override: {error}") from error
+        config = variant_config(delta, base_config)
         parameters = Parameters.of(config)
         expand = torch.device(device).type == "cpu" if expand is None else expand
-        arena = _Arena()
-        linears, vectors = _split(delta.tensors, parameters)
+        arena = Arena()
+        linears, vectors = split_entries(delta.tensors, parameters)
         planned = tuple(
             (target, members[0].place.start, form)
             for target, members in linears.items()
@@ -118,7 +115,7 @@ class VariantLayout:
         for _, _, form in self.forms:
             form.fill(reader, buffer, base.linear_weight)
         if self.vectors is not None:
-            self._fill_vectors(reader, self.vectors.view(buffer), base.vectors_V)
+            fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
 
     def view(self, extent: torch.Tensor) -> VariantWeights:
         """The variant's tensors inside `extent` (uint8 [>= nbytes], aligned to 256 bytes): views, no copies."""
@@ -131,15 +128,16 @@ class VariantLayout:
         vectors = self.vectors.view(extent) if self.vectors is not None else None
         return VariantWeights(config=self.config, linears=dict(linears), vectors=vectors)
 
-    def _fill_vectors(self, reader: forms.Reader, block_V: torch.Tensor, base_V: torch.Tensor) -> None:
-        block_V.copy_(base_V)
-        for entry in self.vector_entries:
-            span = self._parameters.vectors[entry.name]
-            block_V[span.start : span.stop].copy_(reader.part(entry, "value"))
-            forms.check_finite(block_V[span.start : span.stop], entry, "value")
+
+def variant_config(delta: DeltaConfigLike, base_config: ModelConfig) -> ModelConfig:
+    """Raises DeltaFormatError for a config override that is not supported."""
+    try:
+        return base_config.with_overrides(delta.config_overrides)
+    except CheckpointError as error:
+        raise DeltaFormatError(f"config override: {error}") from error
 
 
-class _Arena:
+class Arena:
     """Hands out aligned regions from the front."""
 
     def __init__(self) -> None:
@@ -151,7 +149,22 @@ class _Arena:
         return region
 
 
-def _split(
+def fill_vectors(
+    reader: forms.Reader,
+    block_V: torch.Tensor,
+    base_V: torch.Tensor,
+    entries: Sequence[TensorEntry],
+    parameters: Parameters,
+) -> None:
+    """The base's block of vectors, with those of `entries` in place of its own."""
+    block_V.copy_(base_V)
+    for entry in entries:
+        span = parameters.vectors[entry.name]
+        block_V[span.start : span.stop].copy_(reader.part(entry, "value"))
+        forms.check_finite(block_V[span.start : span.stop], entry, "value")
+
+
+def split_entries(
     entries: Mapping[str, TensorEntry], parameters: Parameters
 ) -> tuple[dict[str, list[Member]], tuple[TensorEntry, ...]]:
     """Entries of matrices by target in row order, and entries of vectors."""
