@@ -1,0 +1,144 @@
+"""Compiles the kernel launches of the `cases_*` modules for a chip that need not be here, and inspects the code.
+
+A case launches through the product's own launcher, on meta tensors; a driver that only names the chip makes Triton
+specialise and compile as it would there. No kernel runs. As a program it must not see TRITON_INTERPRET:
+
+    python -m tests.kernels.compile_harness --arch 90 [--only PATTERN]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ARCHS = (80, 90)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch: `tests/kernels/cases_<area>.py` has a list CASES of these."""
+
+    name: str
+    launch: Callable[[], object]
+    """Calls a launcher with meta tensors (`meta`); it may start several kernels."""
+    needs: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Per architecture, regular expressions that the machine code of one of its kernels must match"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    case: str
+    kernel: str
+    registers: int
+    stack: int
+    """Bytes of local memory: spills, or arrays that are indexed at run time"""
+    shared: int
+    counts: dict[str, int]
+    """How often each instruction stands in the machine code"""
+
+
+class _Chip:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return int(self.target.arch)  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> str:
+        return "meta"
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Any]]:
+    """While it lasts, every launch compiles for `arch`, starts nothing and is appended to the list. The chip stays."""
+    run, found = JITFunction.run, []
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        found.append(run(self, *args, **{**kwargs, "warmup": True}))
+
+    JITFunction.run = compile_only
+    driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def inspect(case: str, kernel: Any) -> Compiled:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    counts = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M))
+    shared, local = kernel.metadata.shared, max(found["STACK"], found["LOCAL"])
+    return Compiled(case, kernel.metadata.name, found["REG"], local, shared, dict(counts.most_common()))
+
+
+def cases(only: str = "") -> list[Case]:
+    modules = sorted(Path(__file__).parent.glob("cases_*.py"))
+    listed = [case for m in modules for case in importlib.import_module(f"tests.kernels.{m.stem}").CASES]
+    return [case for case in listed if re.search(only, case.name)]
+
+
+def compile_all(arch: int, only: str = "") -> list[Compiled]:
+    """Raises AssertionError for a case whose machine code lacks what it needs."""
+    compiled = []
+    for case in cases(only):
+        with recording(arch) as kernels:
+            case.launch()
+        assert kernels, f"{case.name} launched nothing"
+        made = [inspect(case.name, kernel) for kernel in kernels]
+        code = {name for c in made for name in c.counts}
+        for wanted in case.needs.get(arch, ()):
+            assert any(re.search(wanted, name) for name in code), f"{case.name}, sm_{arch}: no {wanted}: {sorted(code)}"
+        compiled += made
+    return compiled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--counts", type=int, default=0, help="print this many of the most frequent instructions")
+    args = parser.parse_args()
+    for c in compile_all(args.arch, args.only):
+        if args.json:
+            print(json.dumps(asdict(c)))
+            continue
+        print(f"{c.case:48} {c.kernel:24} {c.registers:4} registers {c.stack:5} B stack {c.shared:7} B shared")
+        if args.counts:
+            print("    " + " ".join(f"{k}:{v}" for k, v in list(c.counts.items())[: args.counts]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
