@@ -99,6 +99,13 @@ def _joins(last: Member, member: Member) -> bool:
     return signs_alike and no_columns and last.place.start + last.place.rows == member.place.start
 
 
+def whole_rows(reader: Reader, entry: TensorEntry) -> tuple[torch.Tensor, str]:
+    """Which rows a `rows` entry, or a `quant` entry beyond its coded ones, stores whole, and the part that has them."""
+    if entry.codec == "rows":
+        return reader.part(entry, "index"), "value"
+    return torch.arange(entry.rows, entry.shape[0]), "extra"
+
+
 def check_finite(tensor: torch.Tensor, entry: TensorEntry, part: str) -> None:
     """Raise DeltaFormatError unless every value is finite (in the compute dtype)."""
     if not torch.isfinite(tensor).all():
@@ -207,10 +214,7 @@ class _Rows:
         return cls(entry, take((rows,), torch.int64), take((rows, entry.shape[1]), dtype))
 
     def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
-        if self.entry.codec == "rows":
-            index, part = reader.part(self.entry, "index"), "value"
-        else:
-            index, part = torch.arange(self.entry.rows, self.entry.shape[0]), "extra"
+        index, part = whole_rows(reader, self.entry)
         _copy(self.index, buffer, index, self.entry, "index")
         _copy(self.value, buffer, reader.part(self.entry, part), self.entry, part)
 

@@ -1,0 +1,143 @@
+"""Where everything of one variant lies inside its extent of the slab, as kernels find it through the device tables.
+
+The face of `models.variant.VariantLayout`; in place of views it gives the variant's table row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.errors import DeltaFormatError
+from bitdelta_core.models import forms
+from bitdelta_core.models.config import ModelConfig
+from bitdelta_core.models.device import parts
+from bitdelta_core.models.device.parts import Part
+from bitdelta_core.models.device.targets import misfit, targets_of
+from bitdelta_core.models.forms import Region
+from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
+from bitdelta_core.models.variant import (
+    Arena,
+    BaseWeights,
+    DeltaConfigLike,
+    fill_vectors,
+    split_entries,
+    variant_config,
+)
+from kernels.device import FIELDS, NONE, UNIT, Field, Kinds, Target
+
+OFFSETS = (
+    Field.SIGN,
+    Field.SCALE,
+    Field.COL,
+    Field.ZERO,
+    Field.LORA_A,
+    Field.LORA_B,
+    Field.DENSE,
+    Field.ROW_INDEX,
+    Field.ROW_VALUE,
+)
+"""The fields that count UNITs from the start of the slab."""
+
+
+def empty_rows(targets: int) -> torch.Tensor:
+    """int32 [J, FIELDS]: no parts at all."""
+    table_JF = torch.zeros((targets, FIELDS), dtype=torch.int32)
+    table_JF[:, OFFSETS] = NONE
+    return table_JF
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceLayout:
+    """Offsets are multiples of UNIT bytes."""
+
+    config: ModelConfig
+    nbytes: int
+    kinds: Kinds
+    parts: tuple[Part, ...]
+    vectors: Region | None
+    vector_entries: tuple[TensorEntry, ...]
+    _parameters: Parameters
+    _table_JF: torch.Tensor
+    """Offsets from the start of the extent."""
+
+    @classmethod
+    def plan(cls, delta: DeltaConfigLike, base_config: ModelConfig, dtype: torch.dtype) -> DeviceLayout:
+        """Work out the layout from the delta's entries alone; nothing is read.
+
+        Args:
+            dtype: what the decoder computes in.
+
+        Raises:
+            DeltaFormatError: an entry names no parameter of the base, has another shape, or a codec out of place; a
+                config override that is not supported; a vocabulary that grows without an embedding for it.
+        """
+        assert misfit(base_config) is None, misfit(base_config)
+        config = variant_config(delta, base_config)
+        _check_growth(config, base_config, delta.tensors)
+        parameters, targets = Parameters.of(config), targets_of(base_config)
+        arena, table_JF = Arena(), empty_rows(len(targets))
+        linears, vectors = split_entries(delta.tensors, parameters)
+        planned: list[Part] = []
+        for name, members in linears.items():
+            found = list(parts.plan(targets[name], _outputs(name, targets[name], config), members, dtype, arena.take))
+            for field, value in (item for part in found for item in part.fields.items()):
+                table_JF[targets[name].index, field] = value
+            planned += found
+        block = arena.take((parameters.vector_elements,), dtype) if vectors else None
+        _finish_tables(table_JF, targets, config, base_config)
+        kinds = parts.union([part.kinds for part in planned])
+        return cls(config, arena.nbytes, kinds, tuple(planned), block, vectors, parameters, table_JF)
+
+    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights) -> None:
+        """Write every tensor into `buffer` (uint8 [nbytes], host memory).
+
+        Raises:
+            DeltaFormatError: a value that is not finite, naming the parameter.
+        """
+        for part in self.parts:
+            part.fill(reader, buffer, base.linear_weight)
+        if self.vectors is not None:
+            fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
+
+    def row(self, extent_start: int) -> torch.Tensor:
+        """int32 [J, FIELDS]: the variant's table row once its bytes are at `extent_start` (bytes) in the slab."""
+        assert extent_start % UNIT == 0, f"extent at {extent_start}: not aligned to {UNIT}"
+        row_JF = self._table_JF.clone()
+        offsets = row_JF[:, OFFSETS]
+        row_JF[:, OFFSETS] = torch.where(offsets == NONE, NONE, offsets + extent_start // UNIT)
+        return row_JF
+
+    def vectors_at(self, extent_start: int) -> int | None:
+        """Offset in UNITs of the variant's block of vectors; None: as in the base."""
+        return None if self.vectors is None else (extent_start + self.vectors.start) // UNIT
+
+
+def _outputs(name: str, target: Target, config: ModelConfig) -> int:
+    """The variant's N. A smaller vocabulary keeps the base's: its rows beyond are zeros, and their logits masked."""
+    return max(target.outputs, config.vocab_size) if name in ("embed", "head") else target.outputs
+
+
+def _finish_tables(
+    table_JF: torch.Tensor, targets: Mapping[str, Target], config: ModelConfig, base_config: ModelConfig
+) -> None:
+    """Larger vocabularies; a tied head is the embedding."""
+    embed, head = targets["embed"].index, targets["head"].index
+    if config.vocab_size > base_config.vocab_size:
+        table_JF[[embed, head], Field.OUTPUTS] = config.vocab_size
+    if config.tie_word_embeddings:
+        table_JF[head] = table_JF[embed]
+
+
+def _check_growth(config: ModelConfig, base_config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
+    if config.vocab_size <= base_config.vocab_size:
+        return
+    for name in (EMBED,) if config.tie_word_embeddings else (EMBED, HEAD):
+        if name not in entries:
+            raise DeltaFormatError(
+                f"{name}: vocab_size grows from {base_config.vocab_size} to {config.vocab_size}, "
+                "but no entry has the added rows"
+            )

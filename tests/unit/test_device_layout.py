@@ -1,0 +1,263 @@
+"""A delta's table row and bytes mean what the delta means: read back by the definitions of `Field`."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.errors import DeltaFormatError
+from bitdelta_core.models.decoder import Decoder
+from bitdelta_core.models.device.bitplanes import bit_planes
+from bitdelta_core.models.device.layout import OFFSETS, DeviceLayout, empty_rows
+from bitdelta_core.models.device.targets import misfit, targets_of
+from bitdelta_core.models.parameters import Parameters
+from kernels.delta_linear.reference import unpack_values
+from kernels.device import NONE, UNIT, Field, Kinds, Target
+from kernels.fragments import tiles, unpack
+from tests.tiny import make_base
+from tests.unit.models_harness import FakeDelta, base_state
+from tests.unit.test_models_variants import EMBED, HEAD, KINDS, TABLES, grown_rows, random_delta
+
+CONFIG = {"hidden_size": 44, "intermediate_size": 96, "attention_bias": True, "mlp_bias": True}
+START = 3 * UNIT
+
+
+class Filled:
+    """A layout in a poisoned slab, and what its table row says of a target."""
+
+    def __init__(self, decoder: Decoder, delta: FakeDelta) -> None:
+        self.layout = DeviceLayout.plan(delta, decoder.config, torch.float32)
+        self.slab = torch.full((START + self.layout.nbytes + UNIT,), 255, dtype=torch.uint8)
+        host = torch.full((self.layout.nbytes,), 255, dtype=torch.uint8)
+        self.layout.fill(delta, host, decoder)
+        self.slab[START : START + self.layout.nbytes] = host
+        self.table = self.layout.row(START)
+
+    def part(self, target: Target, field: Field, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        at = int(self.table[target.index, field])
+        assert at != NONE
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        return self.slab[at * UNIT : at * UNIT + nbytes].view(dtype).view(shape)
+
+    def matrix(self, target: Target, base_NK: torch.Tensor) -> torch.Tensor:
+        """The variant's whole matrix."""
+        row = {field: int(self.table[target.index, field]) for field in Field}
+        n, k = row[Field.OUTPUTS] or target.outputs, target.inputs
+        whole = torch.zeros(n, k)
+        whole[: base_NK.shape[0]] = base_NK
+        if row[Field.PLANES]:
+            whole += self._signs(target, n, row)
+        if row[Field.RANK]:
+            a = self.part(target, Field.LORA_A, torch.float32, len(target.members), row[Field.RANK], k)
+            b = self.part(target, Field.LORA_B, torch.float32, n, row[Field.RANK])
+            for m, (start, stop) in enumerate(pairwise([*target.members, n])):
+                whole[start:stop] += b[start:stop] @ a[m]
+        if row[Field.DENSE] != NONE:
+            whole += self.part(target, Field.DENSE, torch.float32, n, k)
+        if count := row[Field.ROWS]:
+            index = self.part(target, Field.ROW_INDEX, torch.int32, count)
+            assert (index[1:] > index[:-1]).all()
+            whole[index.long()] = self.part(target, Field.ROW_VALUE, torch.float32, count, k)
+        return whole
+
+    def _signs(self, target: Target, n: int, row: dict[Field, int]) -> torch.Tensor:
+        planes, k, (high, wide) = row[Field.PLANES], target.inputs, tiles(n, target.inputs)
+        words = self.part(target, Field.SIGN, torch.int32, planes, high, wide, 32, 4)
+        signs = unpack_values(unpack(words, n, k).flatten(0, 1), 1)[:, :k].view(planes, n, k) * 2 - 1
+        scale = self.part(target, Field.SCALE, torch.float32, planes, high * 16)
+        assert (scale[:, n:] == 0).all()
+        col = torch.ones(planes, n, k)
+        if row[Field.COL] != NONE:
+            cols = self.part(target, Field.COL, torch.float32, planes, len(target.members), wide * 256)
+            assert (cols[..., k:] == 0).all()
+            for m, (start, stop) in enumerate(pairwise([*target.members, n])):
+                col[:, start:stop] = cols[:, m, None, :k]
+        difference = (signs * scale[:, :n, None] * col).sum(0)
+        if row[Field.ZERO] != NONE:
+            zero = self.part(target, Field.ZERO, torch.float32, high * 16)
+            assert row[Field.COL] == NONE
+            assert (zero[n:] == 0).all()
+            difference += zero[:n, None]
+        return difference
+
+
+def check(decoder: Decoder, delta: FakeDelta, base: dict[str, torch.Tensor], *, untied: bool = False) -> Filled:
+    """Every matrix and vector of the merged model, from table and slab alone."""
+    filled = Filled(decoder, delta)
+    merged, config = delta.merged(base, untied=untied), filled.layout.config
+    targets = targets_of(decoder.config)
+    for name, place in Parameters.of(config).linears.items():
+        target = targets[place.target]
+        own = filled.matrix(target, decoder.weights.targets[place.target])[place.start : place.start + place.rows]
+        torch.testing.assert_close(own, merged[name], rtol=1e-5, atol=1e-6)
+    if (at := filled.layout.vectors_at(START)) is not None:
+        block = filled.slab[at * UNIT :][: decoder.vectors_V.nbytes].view(torch.float32)
+        for name, span in Parameters.of(config).vectors.items():
+            assert torch.equal(block[span.start : span.stop], merged[name])
+    return filled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linears(tmp_path: Path, kind: str) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
+    base = base_state(tmp_path / "base")
+    filled = check(decoder, random_delta(base, 3, kind, None, tied=False), base)
+    kinds = {
+        "sign": Kinds(signs=True),
+        "sign-row": Kinds(signs=True),
+        "sign-row-col-2-planes": Kinds(signs=True, columns=True, planes=2),
+        "sign-3-planes": Kinds(signs=True, planes=3),
+        "lora": Kinds(rank=16),
+        "dense": Kinds(dense=True),
+    }
+    assert filled.layout.kinds == kinds[kind]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("table", TABLES)
+def test_tables(tmp_path: Path, table: str, tied: bool) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", tie_word_embeddings=tied, **CONFIG))
+    base = base_state(tmp_path / "base")
+    filled = check(decoder, random_delta(base, 2, "sign", table, tied=tied), base)
+    grown = "shape" in TABLES[table]
+    outputs = filled.table[:, Field.OUTPUTS]
+    assert outputs[-2:].tolist() == [TABLES[table]["shape"][0] if grown else 0] * 2
+    assert (outputs[:-2] == 0).all()
+
+
+@pytest.mark.parametrize("table", ["rows", "quant4", "dense-grown"])
+def test_smaller_vocabulary(tmp_path: Path, table: str) -> None:
+    """Outputs beyond it are the base's: whoever reads logits masks them."""
+    decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
+    base, delta = base_state(tmp_path / "base"), FakeDelta(config_overrides={"vocab_size": 250})
+    fields = {**TABLES[table], "shape": (250, 44)}
+    if table == "quant4":
+        fields["rows"] = 250
+    for name in (EMBED, HEAD):
+        delta.add(base, name, torch.Generator().manual_seed(1), **fields)
+    filled = Filled(decoder, delta)
+    merged = {n: t[:250] for n, t in base.items() if n in (EMBED, HEAD)}
+    for name, target in ((EMBED, "embed"), (HEAD, "head")):
+        own = filled.matrix(targets_of(decoder.config)[target], base[name])
+        assert own.shape[0] == 258
+        expected = delta.merged(merged | {n: t for n, t in base.items() if n not in merged})[name]
+        torch.testing.assert_close(own[:250], expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(own[250:], base[name][250:])
+
+
+def test_untied_variant_of_a_tied_base(tmp_path: Path) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", tie_word_embeddings=True, **CONFIG))
+    base = base_state(tmp_path / "base")
+    for own_head in (False, True):
+        delta = random_delta(base, 2, "lora", "quant4", tied=True)
+        delta.config_overrides["tie_word_embeddings"] = False
+        if own_head:
+            delta.add(base, HEAD, torch.Generator().manual_seed(1), codec="dense")
+        filled = check(decoder, delta, base, untied=True)
+        assert bool((filled.table[-1, OFFSETS] != NONE).any()) == own_head
+
+
+def mixed_delta(base: dict[str, torch.Tensor]) -> FakeDelta:
+    """Every member of a fused linear has another codec, other planes and other scales."""
+    generator, delta = torch.Generator().manual_seed(5), FakeDelta()
+    attention, mlp = "model.layers.{}.self_attn.{}_proj.weight", "model.layers.{}.mlp.{}_proj.weight"
+    delta.add(base, attention.format(0, "q"), generator, codec="bitdelta", planes=3, scale_layout="row")
+    delta.add(base, attention.format(0, "k"), generator, codec="lora", rank=17, scaling=0.3)
+    delta.add(base, attention.format(0, "v"), generator, codec="bitdelta", planes=1, scale_layout="row_col")
+    delta.add(base, attention.format(1, "q"), generator, codec="dense")
+    delta.add(base, attention.format(1, "k"), generator, codec="bitdelta", planes=2)
+    delta.add(base, attention.format(1, "v"), generator, codec="lora", rank=2)
+    delta.add(base, mlp.format(0, "gate"), generator, codec="lora", rank=20)
+    delta.add(base, mlp.format(0, "up"), generator, codec="lora", rank=3, scaling=2.0)
+    delta.add(base, mlp.format(1, "up"), generator, codec="bitdelta")
+    return delta
+
+
+def test_members_of_different_codecs(tmp_path: Path) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
+    base = base_state(tmp_path / "base")
+    filled = check(decoder, mixed_delta(base), base)
+    assert filled.layout.kinds == Kinds(signs=True, columns=True, planes=3, rank=32, dense=True)
+
+
+def test_what_equals_the_base_has_no_parts(tmp_path: Path) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
+    layout = DeviceLayout.plan(FakeDelta(), decoder.config, torch.float32)
+    assert (layout.nbytes, layout.kinds, layout.vectors_at(0)) == (0, Kinds(), None)
+    assert torch.equal(layout.row(512), empty_rows(len(targets_of(decoder.config))))
+
+
+def test_regions_are_aligned_disjoint_and_written_whole(tmp_path: Path) -> None:
+    """Filling over zeros and over ones gives the same bytes, but for the padding between regions."""
+    decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
+    base = base_state(tmp_path / "base")
+    delta = mixed_delta(base)
+    for name, table in ((EMBED, "rows-grown"), (HEAD, "quant2-grown")):
+        delta.add(base, name, torch.Generator().manual_seed(1), **TABLES[table] | {"shape": (263, 44)})
+        grown_rows(TABLES[table] | {"shape": (263, 44)}, delta, name)
+    delta.config_overrides["vocab_size"] = 263
+    layout = DeviceLayout.plan(delta, decoder.config, torch.float32)
+    fills = [torch.full((layout.nbytes,), value, dtype=torch.uint8) for value in (0, 255)]
+    for buffer in fills:
+        layout.fill(delta, buffer, decoder)
+    regions = [r for part in layout.parts for r in (getattr(part, name) for name in type(part).__slots__)]
+    regions = sorted((r for r in regions if hasattr(r, "nbytes")), key=lambda r: r.start)
+    assert all(r.start % UNIT == 0 for r in regions)
+    assert all(a.start + a.nbytes <= b.start for a, b in pairwise(regions))
+    for r in regions:
+        assert torch.equal(*(buffer[r.start : r.start + r.nbytes] for buffer in fills))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "quant"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_fill_refuses_values_that_are_not_finite(tmp_path: Path, kind: str, poison: float) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96))
+    name = HEAD if kind == "quant" else "model.layers.0.mlp.up_proj.weight"
+    fields = TABLES["quant4"] if kind == "quant" else KINDS[kind]
+    delta = FakeDelta()
+    delta.add(base_state(tmp_path / "base"), name, torch.Generator().manual_seed(1), **fields)
+    part = {"bitdelta": "scale", "lora": "lora_B", "dense": "value", "quant": "scale"}[fields["codec"]]
+    delta.parts[name][part].view(-1)[0] = poison
+    with pytest.raises(DeltaFormatError, match=name):
+        Filled(decoder, delta)
+
+
+@pytest.mark.parametrize("overrides", [{"num_hidden_layers": 2}, {"tie_word_embeddings": True}, {"vocab_size": 261}])
+def test_plan_refuses(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96))
+    with pytest.raises(DeltaFormatError, match=r"config override|model\.embed_tokens\.weight: vocab_size grows"):
+        DeviceLayout.plan(FakeDelta(config_overrides=overrides), decoder.config, torch.float32)
+
+
+def test_plan_refuses_an_entry_without_a_place(tmp_path: Path) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96))
+    name = "model.layers.7.mlp.up_proj.weight"
+    delta = FakeDelta(tensors={name: TensorEntry(name=name, shape=(96, 48), codec="dense")})
+    with pytest.raises(DeltaFormatError, match=name):
+        DeviceLayout.plan(delta, decoder.config, torch.float32)
+
+
+def test_misfit_names_what_is_not_aligned(tmp_path: Path) -> None:
+    fitting = Decoder.load(make_base(tmp_path / "a", num_hidden_layers=1, intermediate_size=96)).config
+    assert misfit(fitting) is None
+    assert [t.index for t in targets_of(fitting).values()] == list(range(6))
+    assert "88 outputs of gate" in str(misfit(Decoder.load(make_base(tmp_path / "b", num_hidden_layers=1)).config))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_bit_planes(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    for rows, inputs in ((1, 8), (3, 44), (5, 301)):
+        q_Nk = torch.randint(0, 256, (rows, -(-inputs * bits // 8)), dtype=torch.uint8, generator=generator)
+        kept = q_Nk.clone()
+        values_NK = unpack_values(q_Nk, bits)[:, :inputs].long()
+        planes_PNk = bit_planes(q_Nk, bits, inputs)
+        assert planes_PNk.shape == (bits, rows, -(-inputs // 8))
+        for p in range(bits):
+            assert torch.equal(unpack_values(planes_PNk[p], 1)[:, :inputs].long(), values_NK >> p & 1)
+        assert torch.equal(q_Nk, kept)
