@@ -1,0 +1,61 @@
+"""The kernel behind `device.rope_and_cache`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.planes import sum_partials
+from kernels.rows import vector_pointer
+
+
+@triton.jit
+def _normed(x, rstd, weight):
+    """Rounded to the compute dtype before the weight, as `rms_norm` is."""
+    return (x * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T"])
+def rope_cache_kernel(
+    BASE, DELTA, SLAB, STARTS, ENTRY, COS, SIN, SLOTS, Q, CACHE, eps, T, bias, q_norm, k_norm,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Program (row, which): heads which * GROUP on of q, k and v, one after another, as two halves [GROUP, WIDTH].
+
+    Args:
+        bias, q_norm, k_norm: where they begin in each entry's block of vectors.
+    """
+    row = tl.program_id(0)
+    entry = tl.load(ENTRY + row)
+    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
+    i = tl.arange(0, WIDTH)[None, :]
+    total: tl.constexpr = HEADS + 2 * KV_HEADS
+    inside = (head < total) & (i < HALF)
+    at = head * (2 * HALF) + i
+    x = sum_partials(BASE, DELTA, row, at, inside, T, total * 2 * HALF, entry, SPLIT, HAS_DELTA)
+    y = sum_partials(BASE, DELTA, row, at + HALF, inside, T, total * 2 * HALF, entry, SPLIT, HAS_DELTA)
+    if HAS_BIAS:
+        BIAS = vector_pointer(SLAB, STARTS, entry, bias)
+        x += tl.load(BIAS + at, mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(BIAS + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    turned = head < HEADS + KV_HEADS
+    if HAS_NORM:
+        rstd = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / (2 * HALF) + eps)[:, None]
+        WEIGHT = vector_pointer(SLAB, STARTS, entry, tl.where(head < HEADS, q_norm, k_norm)) + i
+        x = tl.where(turned, _normed(x, rstd, tl.load(WEIGHT, mask=inside, other=0.0)), x)
+        y = tl.where(turned, _normed(y, rstd, tl.load(WEIGHT + HALF, mask=inside, other=0.0)), y)
+    cos = tl.load(COS + row * HALF + i, mask=i < HALF, other=0.0)
+    sin = tl.load(SIN + row * HALF + i, mask=i < HALF, other=0.0)
+    first = tl.where(turned, x * cos - y * sin, x).to(Q.dtype.element_ty)
+    second = tl.where(turned, y * cos + x * sin, y).to(Q.dtype.element_ty)
+
+    to_q = Q + row.to(tl.int64) * (HEADS * 2 * HALF) + at
+    tl.store(to_q, first, mask=inside & (head < HEADS))
+    tl.store(to_q + HALF, second, mask=inside & (head < HEADS))
+    slot = tl.load(SLOTS + row).to(tl.int64)
+    # K's heads and then V's: as they follow one another in the row, so they do in a block.
+    place = (slot // BLOCK_SIZE * (2 * KV_HEADS) + (head - HEADS)) * BLOCK_SIZE + slot % BLOCK_SIZE
+    to_cache = CACHE + place * (2 * HALF) + i
+    tl.store(to_cache, first, mask=inside & (head >= HEADS))
+    tl.store(to_cache + HALF, second, mask=inside & (head >= HEADS))
