@@ -1,0 +1,264 @@
+"""Sampling in up to five launches over (slices of a row, rows); each stage's last program of a row ends it for the row.
+
+best     the largest logit; greedy rows are done
+weigh    weights and their sum; rows that are not truncated are done; the others fill a histogram of 64 bins per octave
+gather   the tokens in the bins in which the thresholds lie; the exact threshold among them (`triton_truncate`)
+mass     what the kept tokens weigh; the token
+rank     how many tokens were likelier, for rows that want it
+
+"Last" is who takes the last ticket: all that a program has written is visible to who takes a later ticket (a barrier,
+then an atomic with acquire and release). Counts and weights are integers, so the order of atomics changes nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.sampling.triton_common import (
+    BEST_LOGIT,
+    CHOSEN_LOGIT,
+    CUT_ID,
+    CUT_LOGIT,
+    LAST_ID,
+    LINE_WIDTH,
+    LOGPROB,
+    LOGSUM,
+    PENDING,
+    SCALE,
+    STATE_WIDTH,
+    TICKET_WIDTH,
+    TOP_K,
+    TOP_P,
+    UNIFORM,
+    VOCAB,
+    bits_of,
+    count_token,
+    float_of,
+    is_last,
+    load_logits,
+    share_of,
+    source_of,
+    spread_of,
+    weigh,
+)
+from kernels.sampling.triton_truncate import bracket
+
+
+@triton.jit
+def best_kernel(
+    LOGITS, COUNTS, FIELDS, OUT, BEST, WHERE, SUM, HIST_COUNT, HIST_WEIGHT, STATE, TICKETS,
+    rows, stride, counts_stride, width, slice_stride,
+    HAS_COUNTS: tl.constexpr, RANDOM: tl.constexpr, TRUNCATED: tl.constexpr, RANKS: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    part, row = tl.program_id(0), tl.program_id(1)
+    LINE = FIELDS + row * LINE_WIDTH
+    if tl.load(LINE + VOCAB) == 0:
+        return
+    source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
+    truncated = (tl.load(LINE + TOP_K) > 0) | (tl.load(LINE + TOP_P) > 0)
+    ranked = tl.load(LINE + LOGPROB) != 0
+    lanes = part * SLICE + tl.arange(0, BLOCK)
+    best_B = tl.full([BLOCK], float("-inf"), tl.float32)
+    id_B = lanes
+    nan_B = tl.zeros([BLOCK], tl.int32)
+    for start in tl.static_range(0, SLICE, BLOCK):
+        logits = load_logits(source, lanes + start, HAS_COUNTS)
+        nan_B |= (logits != logits).to(tl.int32)
+        id_B = tl.where(logits > best_B, lanes + start, id_B)
+        best_B = tl.where(logits > best_B, logits, best_B)
+    best = tl.max(best_B, 0)
+    where = tl.min(tl.where(best_B == best, id_B, LAST_ID), 0)
+    tl.store(BEST + row * slice_stride + part, best)
+    tl.store(WHERE + row * slice_stride + part, tl.where(tl.max(nan_B, 0) > 0, -1, where))
+    if ranked:
+        sum_B = tl.zeros([BLOCK], tl.float32)
+        for start in tl.static_range(0, SLICE, BLOCK):
+            logits = load_logits(source, lanes + start, HAS_COUNTS)
+            sum_B += tl.where(logits > float("-inf"), tl.exp(logits - best), 0.0)
+        tl.store(SUM + row * slice_stride + part, tl.sum(sum_B, 0))
+    if TRUNCATED and truncated:
+        for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
+            bins = start + tl.arange(0, BLOCK)
+            tl.store(HIST_COUNT + row * BINS + bins, tl.zeros([BLOCK], tl.int32), mask=bins < BINS)
+            tl.store(HIST_WEIGHT + row * BINS + bins, tl.zeros([BLOCK], tl.int64), mask=bins < BINS)
+    if is_last(TICKETS + row * TICKET_WIDTH, 0):
+        served = True
+        if not RANDOM:
+            served = False
+        if not TRUNCATED:
+            served = served & (truncated == 0)
+        if not RANKS:
+            served = served & (ranked == 0)
+        _end_best(
+            source, LINE, STATE + row * STATE_WIDTH, OUT + row, BEST + row * slice_stride, WHERE + row * slice_stride,
+            SUM + row * slice_stride, rows, served, ranked, HAS_COUNTS, PADDED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _end_best(
+    source,
+    LINE,
+    STATES,
+    OUT,
+    BEST_B,
+    WHERE_B,
+    SUM_B,
+    rows,
+    served,
+    ranked,
+    HAS_COUNTS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    parts = tl.arange(0, PADDED)
+    inside = parts < tl.num_programs(0)
+    best_P = tl.load(BEST_B + parts, mask=inside, other=float("-inf"))
+    where_P = tl.load(WHERE_B + parts, mask=inside, other=0)
+    best = tl.max(best_P, 0)
+    finite = (tl.min(where_P, 0) >= 0) & (best < float("inf")) & (best > float("-inf"))
+    greedy = float_of(tl.load(LINE + SCALE)) == 0
+    done = finite & greedy
+    token = tl.where(done, tl.min(tl.where(best_P == best, where_P, LAST_ID), 0), 0)
+    tl.store(OUT, token)
+    tl.store(OUT + rows, done.to(tl.int32))
+    tl.store(STATES + PENDING, (finite & (greedy == 0) & served).to(tl.int32))
+    tl.store(STATES + BEST_LOGIT, bits_of(best))
+    if done:
+        count_token(source, token, HAS_COUNTS)
+    if ranked & finite:
+        sum_P = tl.load(SUM_B + parts, mask=inside, other=0.0)
+        logsum = tl.log(tl.sum(tl.where(sum_P > 0, sum_P * tl.exp(best_P - best), 0.0), 0))
+        tl.store(STATES + LOGSUM, bits_of(best + logsum))
+        if greedy:
+            tl.store(OUT + 2 * rows, 1)
+            tl.store(OUT + 3 * rows, bits_of(-logsum))
+
+
+@triton.jit
+def weigh_kernel(
+    LOGITS, COUNTS, FIELDS, OUT, MASS, HIST_COUNT, HIST_WEIGHT, STATE, TICKETS,
+    rows, stride, counts_stride, width, slice_stride,
+    HAS_COUNTS: tl.constexpr, TRUNCATED: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    part, row = tl.program_id(0), tl.program_id(1)
+    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    if tl.load(LINE + VOCAB) == 0:
+        return
+    if tl.load(STATES + PENDING) == 0:
+        return
+    source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
+    spread = spread_of(LINE, STATES)
+    top_k, top_p = tl.load(LINE + TOP_K), tl.load(LINE + TOP_P)
+    lanes = part * SLICE + tl.arange(0, BLOCK)
+    mass_B = tl.zeros([BLOCK], tl.int64)
+    for start in tl.static_range(0, SLICE, BLOCK):
+        weights, bins = weigh(load_logits(source, lanes + start, HAS_COUNTS), spread, BINS)
+        mass_B += weights
+        if TRUNCATED:
+            if top_k > 0:
+                tl.atomic_add(HIST_COUNT + row * BINS + bins, 1, mask=weights > 0, sem="relaxed")
+            if top_p > 0:
+                tl.atomic_add(HIST_WEIGHT + row * BINS + bins, weights, mask=weights > 0, sem="relaxed")
+    tl.store(MASS + row * slice_stride + part, tl.sum(mass_B, 0))
+    if is_last(TICKETS + row * TICKET_WIDTH, 1):
+        if (top_k > 0) | (top_p > 0):
+            if TRUNCATED:
+                bracket(STATES, HIST_COUNT + row * BINS, HIST_WEIGHT + row * BINS, top_k, top_p, BINS, CHUNK)
+        else:
+            _draw(
+                source, spread, LINE, STATES, OUT + row, MASS + row * slice_stride, rows,
+                HAS_COUNTS, False, SLICE, BLOCK, PADDED, BINS,
+            )  # fmt: skip
+
+
+@triton.jit
+def mass_kernel(
+    LOGITS, COUNTS, FIELDS, OUT, MASS, STATE, TICKETS, rows, stride, counts_stride, width, slice_stride,
+    HAS_COUNTS: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    part, row = tl.program_id(0), tl.program_id(1)
+    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    if tl.load(LINE + VOCAB) == 0:
+        return
+    if (tl.load(STATES + PENDING) == 0) | ((tl.load(LINE + TOP_K) == 0) & (tl.load(LINE + TOP_P) == 0)):
+        return
+    source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
+    spread = spread_of(LINE, STATES)
+    lanes = part * SLICE + tl.arange(0, BLOCK)
+    mass_B = tl.zeros([BLOCK], tl.int64)
+    for start in tl.static_range(0, SLICE, BLOCK):
+        mass_B += _kept(source, spread, STATES, lanes + start, HAS_COUNTS, True, BINS)
+    tl.store(MASS + row * slice_stride + part, tl.sum(mass_B, 0))
+    if is_last(TICKETS + row * TICKET_WIDTH, 3):
+        _draw(
+            source, spread, LINE, STATES, OUT + row, MASS + row * slice_stride, rows,
+            HAS_COUNTS, True, SLICE, BLOCK, PADDED, BINS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _kept(source, spread, STATES, ids, HAS_COUNTS: tl.constexpr, CUT: tl.constexpr, BINS: tl.constexpr):
+    """Weights at `ids`, 0 where they are not kept. CUT: by top-k and top-p too."""
+    logits = load_logits(source, ids, HAS_COUNTS)
+    weights, _ = weigh(logits, spread, BINS)
+    if CUT:
+        cut, cut_id = float_of(tl.load(STATES + CUT_LOGIT)), tl.load(STATES + CUT_ID)
+        weights = tl.where((logits > cut) | ((logits == cut) & (ids <= cut_id)), weights, 0)
+    return weights
+
+
+@triton.jit
+def _draw(
+    source, spread, LINE, STATES, OUT, MASS_B, rows, HAS_COUNTS: tl.constexpr, CUT: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """The token at the row's random number, from the weights of its slices."""
+    parts = tl.arange(0, PADDED)
+    mass_P = tl.load(MASS_B + parts, mask=parts < tl.num_programs(0), other=0)
+    sums_P = tl.cumsum(mass_P, 0)
+    target = share_of(tl.load(LINE + UNIFORM), tl.sum(mass_P, 0), False)
+    before_P = sums_P <= target
+    target -= tl.max(tl.where(before_P, sums_P, 0), 0)
+    token = tl.sum(before_P.to(tl.int32), 0) * SLICE
+    lanes = token + tl.arange(0, BLOCK)
+    before = tl.zeros_like(target)
+    for start in range(0, SLICE, BLOCK):
+        weights = _kept(source, spread, STATES, lanes + start, HAS_COUNTS, CUT, BINS)
+        token += tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
+        before += tl.sum(weights, 0)
+    tl.store(OUT, token)
+    tl.store(OUT + rows, 1)
+    if tl.load(LINE + LOGPROB) != 0:
+        chosen = load_logits(source, token, HAS_COUNTS)
+        tl.store(STATES + CHOSEN_LOGIT, bits_of(chosen))
+        tl.store(OUT + 2 * rows, 1)
+        tl.store(OUT + 3 * rows, bits_of(chosen - float_of(tl.load(STATES + LOGSUM))))
+    count_token(source, token, HAS_COUNTS)
+
+
+@triton.jit
+def rank_kernel(
+    LOGITS, COUNTS, FIELDS, OUT, STATE, rows, stride, counts_stride, width,
+    HAS_COUNTS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    part, row = tl.program_id(0), tl.program_id(1)
+    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    if tl.load(LINE + VOCAB) == 0:
+        return
+    if (tl.load(STATES + PENDING) == 0) | (tl.load(LINE + LOGPROB) == 0):
+        return
+    source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
+    chosen, token = float_of(tl.load(STATES + CHOSEN_LOGIT)), tl.load(OUT + row)
+    lanes = part * SLICE + tl.arange(0, BLOCK)
+    likelier_B = tl.zeros([BLOCK], tl.int32)
+    for start in tl.static_range(0, SLICE, BLOCK):
+        # The token itself has been counted since: its logit is another now.
+        logits = load_logits(source, lanes + start, HAS_COUNTS)
+        likelier_B += ((logits > chosen) & (lanes + start != token)).to(tl.int32)
+    likelier = tl.sum(likelier_B, 0)
+    if likelier > 0:
+        tl.atomic_add(OUT + 2 * rows + row, likelier, sem="relaxed")
