@@ -9,7 +9,6 @@ Not covered: training (no gradients are kept), tensor parallelism, mixture of ex
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -18,7 +17,7 @@ from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.models.batch import Batch
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.kv_cache import KVCache, kv_bytes_per_block
-from bitdelta_core.models.parameters import FINAL_NORM, Span
+from bitdelta_core.models.parameters import FINAL_NORM, LayerVectors, Span
 from bitdelta_core.models.step import Step, Vectors
 from bitdelta_core.models.weights import Weights
 from kernels.delta_linear import delta_linear_
@@ -117,47 +116,12 @@ class Decoder:
         return self.config.vocab_size if slot == BASE else batch.variants[slot].config.vocab_size
 
 
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Where one layer's vectors lie in the block; None: the architecture has no such vector."""
-
-    input_norm: Span
-    post_norm: Span
-    q_norm: Span | None
-    k_norm: Span | None
-    qkv_bias: Span | None
-    o_bias: Span | None
-    gate_up_bias: Span | None
-    down_bias: Span | None
-
-    @classmethod
-    def of(cls, weights: Weights, layer: int) -> _Names:
-        vectors, prefix = weights.parameters.vectors, f"model.layers.{layer}."
-
-        def span(first: str, last: str | None = None) -> Span | None:
-            """Of one vector, or of neighbours from the first to the last."""
-            if f"{prefix}{first}" not in vectors:
-                return None
-            return Span(vectors[f"{prefix}{first}"].start, vectors[f"{prefix}{last or first}"].stop)
-
-        return cls(
-            input_norm=vectors[f"{prefix}input_layernorm.weight"],
-            post_norm=vectors[f"{prefix}post_attention_layernorm.weight"],
-            q_norm=span("self_attn.q_norm.weight"),
-            k_norm=span("self_attn.k_norm.weight"),
-            qkv_bias=span("self_attn.q_proj.bias", "self_attn.v_proj.bias"),
-            o_bias=span("self_attn.o_proj.bias"),
-            gate_up_bias=span("mlp.gate_proj.bias", "mlp.up_proj.bias"),
-            down_bias=span("mlp.down_proj.bias"),
-        )
-
-
 class _Layer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         self._config = config
         self._eps = config.rms_norm_eps
         self._window = config.windows[index]
-        self._names = _Names.of(weights, index)
+        self._names = LayerVectors.of(weights.parameters, index)
         self._weights = {op: weights.targets[f"{index}.{op}"] for op in ("qkv", "o", "gate_up", "down")}
         self._targets = {op: f"{index}.{op}" for op in self._weights}
 

@@ -54,6 +54,41 @@ class Parameters:
         return cls(linears, vectors)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerVectors:
+    """Where one layer's vectors lie in the block; None: the architecture has no such vector."""
+
+    input_norm: Span
+    post_norm: Span
+    q_norm: Span | None
+    k_norm: Span | None
+    qkv_bias: Span | None
+    o_bias: Span | None
+    gate_up_bias: Span | None
+    down_bias: Span | None
+
+    @classmethod
+    def of(cls, parameters: Parameters, layer: int) -> LayerVectors:
+        vectors, prefix = parameters.vectors, f"model.layers.{layer}."
+
+        def span(first: str, last: str | None = None) -> Span | None:
+            """Of one vector, or of neighbours from the first to the last."""
+            if f"{prefix}{first}" not in vectors:
+                return None
+            return Span(vectors[f"{prefix}{first}"].start, vectors[f"{prefix}{last or first}"].stop)
+
+        return cls(
+            input_norm=vectors[f"{prefix}input_layernorm.weight"],
+            post_norm=vectors[f"{prefix}post_attention_layernorm.weight"],
+            q_norm=span("self_attn.q_norm.weight"),
+            k_norm=span("self_attn.k_norm.weight"),
+            qkv_bias=span("self_attn.q_proj.bias", "self_attn.v_proj.bias"),
+            o_bias=span("self_attn.o_proj.bias"),
+            gate_up_bias=span("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+            down_bias=span("mlp.down_proj.bias"),
+        )
+
+
 def _linears(config: ModelConfig, layer: int) -> Iterator[tuple[str, Place]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     prefix, at = f"model.layers.{layer}.", 0
