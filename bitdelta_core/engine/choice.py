@@ -6,7 +6,7 @@ from collections.abc import Sequence as Tokens
 
 from bitdelta_core.engine.api import FinishReason, PositionLogprobs, TokenEvent, TokenLogprob
 from bitdelta_core.engine.detokenizer import Detokenizer, StopMatcher
-from bitdelta_core.engine.sampler import LogprobRow, Row, RowState, Sample
+from bitdelta_core.engine.sampler import LogprobRow, RowState, Sample
 from bitdelta_core.engine.sequence import Sequence
 from bitdelta_core.engine.variants import Variant
 
@@ -18,7 +18,7 @@ class Choice:
         vocabulary, params, prompt = variant.vocabulary, seq.request.params, seq.request.prompt_token_ids
         self.seq = seq
         self._vocabulary = vocabulary
-        self._state = RowState(
+        self.state = RowState(
             params,
             prompt=prompt,
             vocab_size=variant.vocab_size,
@@ -29,22 +29,12 @@ class Choice:
         decode = vocabulary.decode if params.skip_special_tokens else vocabulary.decode_all
         self._text = Detokenizer(decode, prompt)
         self._stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
-        self._prompt_logprobs: list[PositionLogprobs | None] = []
-
-    @property
-    def generated(self) -> list[int]:
-        return self.seq.tokens[self.seq.prompt_len :]
-
-    @property
-    def row(self) -> Row:
-        """What the sampler needs for the next token."""
-        generated = self.generated if self._state.shapes else ()
-        return Row(self._state, generated, len(self.seq.tokens))
+        self._prompt_logprobs: list[PositionLogprobs | None] = [None]
 
     def accept(self, sample: Sample) -> TokenEvent:
         """The next token has been chosen."""
         seq, params, token = self.seq, self.seq.request.params, sample.token_id
-        seq.tokens.append(token)
+        seq.receive(token)
         count = len(seq.tokens) - seq.prompt_len
         finish, reason = self._stop_by_token(token, count)
         hidden = finish == "stop" and not params.include_stop_str_in_output
@@ -74,7 +64,6 @@ class Choice:
     def add_prompt_logprobs(self, start: int, rows: Tokens[LogprobRow]) -> None:
         """`rows` are of the prompt tokens at positions start + 1 and following."""
         del self._prompt_logprobs[start + 1 :]  # a preempted prompt is computed again
-        self._prompt_logprobs = self._prompt_logprobs or [None]
         self._prompt_logprobs += [self._position(row) for row in rows]
 
     def prompt_event(self) -> TokenEvent:

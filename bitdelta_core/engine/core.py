@@ -2,21 +2,26 @@
 
 Life of a request here:  add -> (its delta is wanted -> READY -> pinned) -> scheduled -> ... -> every choice has ended.
 Whatever ends it, `_end` gives back its blocks, its pin and its want, once.
+
+Life of a step:  planned -> launched -> collected. As many launched steps wait to be collected as the runner's `depth`
+says: with 1, a step is planned and launched while the one before still runs. What ends a choice is then seen one step
+late, and the token that the later step brings for it is dropped. Blocks change hands in the order of the launches,
+which is the order in which steps run; the bytes of a delta are overwritten from beside, so a pin outlives its job until
+every step that reads them has been collected.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from contextlib import suppress
 from dataclasses import dataclass, field
-
-import torch
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, TokenEvent
 from bitdelta_core.engine.choice import Choice
 from bitdelta_core.engine.residency import Residency, Resident, State
-from bitdelta_core.engine.runner import Computed, Runner
-from bitdelta_core.engine.sampler import logprob_rows, sample
+from bitdelta_core.engine.runner import Outcome, Pending, Runner, Task
 from bitdelta_core.engine.scheduler import Scheduler, Work
 from bitdelta_core.engine.sequence import Sequence
 from bitdelta_core.engine.variants import Variant
@@ -37,6 +42,18 @@ class Job:
     resident: Resident | None = None
     pinned: bool = False
     choices: list[Choice] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class Launched:
+    """A step whose results have not been collected."""
+
+    work: tuple[Work, ...]
+    jobs: tuple[Job, ...]
+    """Of each work."""
+    pending: Pending
+    unpin: list[Resident] = field(default_factory=list)
+    """Of jobs that have ended since the launch: their deltas stay until the step is collected."""
 
 
 class EngineCore:
@@ -62,6 +79,8 @@ class EngineCore:
         self._unpinned: list[Job] = []
         """Jobs whose delta is not pinned yet, by arrival."""
         self._choices: dict[Sequence, tuple[Job, Choice]] = {}
+        self._launched: deque[Launched] = deque()
+        """Oldest first."""
         self._arrivals = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -87,23 +106,28 @@ class EngineCore:
             self._end(job)
 
     def step(self) -> bool:
-        """Let loads proceed and compute one batch. False: there was nothing to compute."""
+        """Let loads proceed, launch one batch, collect those before it. False: there was nothing to do."""
         for resident in self.residency.collect():
             if resident.state is State.FAILED:
                 self._fail_all(resident)
         self._pin_ready()
         self.residency.advance()
         plan = self.scheduler.plan()
-        if not plan:
-            assert not self.scheduler.running, "running sequences, but nothing to do"
-            return False
-        self.scheduler.commit(plan)
+        busy = bool(plan or self._launched)
+        assert busy or not self.scheduler.running, "running sequences, but nothing to do"
+        if plan:
+            self.scheduler.commit(plan)
         if plan.work:
-            self._compute(plan.work)
-        return True
+            self._launch(plan.work)
+        while len(self._launched) > (self._runner.depth if plan.work else 0):
+            self._collect(self._launched.popleft())
+        return busy
 
     def end_all(self, error: BitDeltaError) -> None:
         """The engine stops: everybody is told, even when the state is what broke."""
+        while self._launched:
+            with suppress(Exception):
+                self._launched.popleft().pending.result()  # nothing is freed that the device still reads
         for job in list(self._jobs.values()):
             with suppress(Exception):
                 self._end(job)
@@ -139,13 +163,28 @@ class EngineCore:
         scheduled = {*self.scheduler.running, *self.scheduler.waiting()}
         assert scheduled == set(self._choices), "scheduled sequences and open choices differ"
         assert all(job in self._jobs.values() for job, _ in self._choices.values())
+        self._check_launched()
         pins = [job.resident for job in self._jobs.values() if job.pinned]
+        pins += [resident for launched in self._launched for resident in launched.unpin]
         for resident in pins:
             assert resident is not None
             assert resident.state is State.READY, "a pinned delta is not READY"
             assert self.residency.slab.pins(resident.delta) == pins.count(resident), "pins are not the jobs'"
         assert {r.delta for r in pins if r} == set(self.residency.slab.pinned) - self.residency.staging()
         assert [j for j in self._jobs.values() if j.resident and not j.pinned] == self._unpinned
+
+    def _check_launched(self) -> None:
+        assert len(self._launched) <= self._runner.depth, "a step is overdue"
+        read = {job.resident.delta for launched in self._launched for job in launched.jobs if job.resident}
+        assert read <= set(self.residency.slab.pinned), "a launched step reads a delta that may be overwritten"
+        under_way = [work for launched in self._launched for work in launched.work]
+        unseen = Counter(work.seq for work in under_way if work.samples)
+        working = {work.seq for work in under_way}
+        for seq in self._choices:
+            assert seq.unseen == unseen[seq], "unseen tokens are not those of the launched steps"
+            assert seq.admitted or not seq.unseen, "a waiting sequence has a token that nobody knows"
+            full = 0 if seq in working else seq.computed // self.scheduler.blocks.block_size
+            assert full <= len(seq.chain), "a full block is not findable"
 
     def _pin_ready(self) -> None:
         """Pin for those whose delta is READY, unless an older request has waited too long for room."""
@@ -178,6 +217,7 @@ class EngineCore:
                 max_len=max_len,
                 slot=slot,
                 leader=leader,
+                synchronous=self._runner.is_synchronous(request.params),
             )
             leader = leader or seq
             choice = Choice(seq, variant, seed=job.seed)
@@ -201,41 +241,40 @@ class EngineCore:
                 raise InvalidRequest(f"{name} has token ids outside 0..{variant.vocab_size - 1}", param=name)
         return limit if params.max_tokens is None else wanted
 
-    @torch.inference_mode()
-    def _compute(self, work: tuple[Work, ...]) -> None:
-        slots = {job.resident.slot: job.resident.weights for w in work if (job := self._choices[w.seq][0]).resident}
-        computed = self._runner.run(work, {slot: weights for slot, weights in slots.items() if weights is not None})
-        self._give_prompt_logprobs(work, computed)
-        for w in work:
-            self.scheduler.advance(w)
-        sampling = [(w, rows.stop - 1) for w, rows in zip(work, computed.rows, strict=True) if w.samples]
-        logits_LV = computed.logits_LV
-        if len(sampling) != logits_LV.shape[0]:
-            logits_LV = logits_LV[[row for _, row in sampling]]
-        if not sampling:
-            return
-        samples = sample(logits_LV, [self._choices[w.seq][1].row for w, _ in sampling])
-        for (w, _), drawn in zip(sampling, samples, strict=True):
-            if w.seq not in self._choices:
-                continue  # another choice of its request has just failed
+    def _launch(self, work: tuple[Work, ...]) -> None:
+        owners = [self._choices[w.seq] for w in work]
+        tasks = [
+            Task(w, choice.state, None if job.resident is None else job.resident.weights)
+            for w, (job, choice) in zip(work, owners, strict=True)
+        ]
+        self._launched.append(Launched(work, tuple(job for job, _ in owners), self._runner.launch(tasks)))
+
+    def _collect(self, launched: Launched) -> None:
+        """Wait for a step, and hand on what it brought to those that are still there."""
+        outcomes = launched.pending.result()
+        self._give_prompt_logprobs(launched.work, outcomes)
+        for w in launched.work:
+            if w.seq in self._choices:
+                self.scheduler.advance(w)
+        for w, outcome in zip(launched.work, outcomes, strict=True):
+            if w.seq not in self._choices or outcome.sample is None:
+                continue  # it has ended since the launch, by itself or with its request
             job, choice = self._choices[w.seq]
-            if drawn.finite:
-                self._accept(job, choice, choice.accept(drawn))
+            if outcome.sample.finite:
+                self._accept(job, choice, choice.accept(outcome.sample))
             else:
                 self._fail(job, _not_finite(w.seq))
+        for resident in launched.unpin:
+            self.residency.unpin(resident)
 
-    def _give_prompt_logprobs(self, work: tuple[Work, ...], computed: Computed) -> None:
-        for w, rows in zip(work, computed.rows, strict=True):
-            if not w.seq.wants_prompt_logprobs:
+    def _give_prompt_logprobs(self, work: tuple[Work, ...], outcomes: Many[Outcome]) -> None:
+        for w, outcome in zip(work, outcomes, strict=True):
+            if not w.prompt_logprobs or w.seq not in self._choices:
                 continue
             job, choice = self._choices[w.seq]
-            following = w.seq.tokens[w.start + 1 : w.start + w.rows + 1]
-            logits_LV = computed.logits_LV[rows.start : rows.start + len(following)]
-            if following:
-                choice.add_prompt_logprobs(
-                    w.start, logprob_rows(logits_LV, following, w.seq.request.params.prompt_logprobs or 0)
-                )
-            if w.start + w.rows >= w.seq.prompt_len:
+            if outcome.prompt_logprobs:
+                choice.add_prompt_logprobs(w.start, outcome.prompt_logprobs)
+            if w.stop >= w.seq.prompt_len:
                 job.deliver(choice.prompt_event())
 
     def _accept(self, job: Job, choice: Choice, event: TokenEvent) -> None:
@@ -269,10 +308,18 @@ class EngineCore:
                 self._close(choice)
         if job.resident is not None:
             if job.pinned:
-                self.residency.unpin(job.resident)
+                self._unpin(job, job.resident)
             else:
                 self._unpinned.remove(job)
                 self.residency.unwant(job.resident, job.arrival)
+
+    def _unpin(self, job: Job, resident: Resident) -> None:
+        """Now, or when the last launched step that reads the delta for this job has been collected."""
+        reading = [launched for launched in self._launched if job in launched.jobs]
+        if reading:
+            reading[-1].unpin.append(resident)
+        else:
+            self.residency.unpin(resident)
 
 
 def _not_finite(seq: Sequence) -> BitDeltaError:

@@ -14,10 +14,10 @@ from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.config import EngineConfig, plan_memory
 from bitdelta_core.engine.core import EngineCore
 from bitdelta_core.engine.residency import Residency
-from bitdelta_core.engine.runner import Runner
 from bitdelta_core.engine.scheduler import Scheduler
 from bitdelta_core.engine.slab import Slab
 from bitdelta_core.engine.sources import DeltaFiles, DeltaSource
+from bitdelta_core.engine.torch_runner import TorchRunner
 from bitdelta_core.engine.variants import Variant
 from bitdelta_core.engine.vocabulary import Vocabularies
 from bitdelta_core.models.config import ModelConfig
@@ -77,7 +77,7 @@ def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None])
     blocks = BlockManager(memory.num_kv_blocks, memory.block_size, prefix_caching=config.enable_prefix_caching)
     return EngineCore(
         base.variant,
-        Runner(base.decoder, kv, block_size=memory.block_size, device=memory.device),
+        TorchRunner(base.decoder, kv, block_size=memory.block_size, device=memory.device),
         Scheduler(
             blocks,
             max_num_seqs=config.max_num_seqs,

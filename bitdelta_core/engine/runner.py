@@ -1,101 +1,79 @@
-"""From a step's work to one Batch and its logits. Metadata is built once per step, from a few flat arrays."""
+"""What the engine asks of whatever computes its steps: launch one, and hand over its results when it has run.
+
+A runner of depth 0 has computed a step when `launch` returns. A runner of depth 1 returns while its device still works,
+and takes the next step before the results of this one are fetched: a token that the host has not seen is taken from
+the device's own memory of the last step. Steps run in the order of their launches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-
+from bitdelta_core.engine.api import SamplingParams
+from bitdelta_core.engine.sampler import LogprobRow, RowState, Sample
 from bitdelta_core.engine.scheduler import Work
-from bitdelta_core.models.batch import Batch
-from bitdelta_core.models.variant import VariantWeights
-from kernels.segments import Segment
 
 
-class Forward(Protocol):
-    """What the engine needs of a decoder."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One sequence's part of a step."""
 
-    def forward(self, batch: Batch, kv: Any) -> torch.Tensor:
-        """float32 logits [L, V]; columns beyond a row's own vocabulary are -inf."""
+    work: Work
+    state: RowState
+    """How the sequence samples."""
+    weights: Any = None
+    """Of its variant, as its residency published them; None: the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step brought to one task."""
+
+    sample: Sample | None = None
+    """Where the task's work samples."""
+    prompt_logprobs: Sequence[LogprobRow] = ()
+    """Where the work wants them: of the prompt tokens at positions start + 1 and following."""
+
+
+class Pending(Protocol):
+    """A launched step."""
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
+
+    def result(self) -> Sequence[Outcome]:
+        """One per task. Waits for the device; called once, in the order of the launches."""
+        ...
+
+
+class Runner(Protocol):
+    """Owns the decoder, the KV cache and the sampler."""
+
+    @property
+    def depth(self) -> int:
+        """How many launched steps may wait for their results while the next one is launched: 0 or 1."""
+        ...
+
+    def launch(self, tasks: Sequence[Task]) -> Pending:
+        """Compute the tasks' rows. They are sorted by slot and not empty."""
+        ...
+
+    def is_synchronous(self, params: SamplingParams) -> bool:
+        """Whether a sequence that samples like this can be launched only when the host knows all of its tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """The logits of one step. `rows[i]` are those of work i: all of its rows when prompt log-probabilities are wanted,
-    its last one when it samples, else none."""
+class Done:
+    """The results of a step that ran inside `launch`."""
 
-    logits_LV: torch.Tensor
-    rows: tuple[slice, ...]
+    outcomes: Sequence[Outcome]
 
+    def ready(self) -> bool:
+        return True
 
-class Runner:
-    """Owns the decoder and the KV cache."""
-
-    def __init__(self, decoder: Forward, kv: Any, *, block_size: int, device: torch.device) -> None:
-        self._decoder = decoder
-        self._kv = kv
-        self._block_size = block_size
-        self._device = device
-
-    @torch.inference_mode()
-    def run(self, work: Sequence[Work], variants: Mapping[int, VariantWeights]) -> Computed:
-        """Compute the rows of `work`, which is sorted by slot."""
-        wanted = [_logit_rows(w) for w in work]
-        batch = self._batch(work, wanted, variants)
-        ends = [0, *accumulate(wanted)]
-        rows = tuple(slice(a, b) for a, b in pairwise(ends))
-        return Computed(self._decoder.forward(batch, self._kv), rows)
-
-    def _batch(self, work: Sequence[Work], wanted: Sequence[int], variants: Mapping[int, VariantWeights]) -> Batch:
-        starts = [0, *accumulate(w.rows for w in work)]
-        tokens = np.fromiter(_token_ids(work), np.int64, starts[-1])
-        counts = [w.rows for w in work]
-        owner = np.repeat(np.arange(len(work)), counts)
-        first = np.fromiter((w.start for w in work), np.int64, len(work)) - np.array(starts[:-1])
-        positions = np.arange(starts[-1]) + first[owner]
-        tables = np.zeros((len(work), max(len(w.seq.table) for w in work)), np.int32)
-        for i, w in enumerate(work):
-            tables[i, : len(w.seq.table)] = w.seq.table
-        block, offset = np.divmod(positions, self._block_size)
-        slots = tables[owner, block].astype(np.int64) * self._block_size + offset
-        logit_rows = [r for stop, n in zip(starts[1:], wanted, strict=True) for r in range(stop - n, stop)]
-        return Batch(
-            token_ids_T=self._to_device(tokens),
-            positions_T=self._to_device(positions),
-            kv_slots_T=self._to_device(slots),
-            query_starts=tuple(starts),
-            context_lens=tuple(w.start + w.rows for w in work),
-            block_tables_SM=self._to_device(tables),
-            logit_rows_L=self._to_device(np.array(logit_rows, np.int64)),
-            segments=_segments(work, counts),
-            logit_segments=_segments(work, wanted),
-            variants={w.seq.slot: variants[w.seq.slot] for w in work if w.seq.delta is not None},
-        )
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def _token_ids(work: Sequence[Work]) -> Iterator[int]:
-    for w in work:
-        yield from w.seq.tokens[w.start : w.start + w.rows]
-
-
-def _logit_rows(work: Work) -> int:
-    return work.rows if work.seq.wants_prompt_logprobs else int(work.samples)
-
-
-def _segments(work: Sequence[Work], counts: Sequence[int]) -> tuple[Segment, ...]:
-    """One per variant, over rows of which work i has counts[i]."""
-    segments, at = [], 0
-    for slot, group in groupby(zip(work, counts, strict=True), key=lambda pair: pair[0].seq.slot):
-        stop = at + sum(n for _, n in group)
-        if stop > at:
-            segments.append(Segment(slot, at, stop))
-        at = stop
-    return tuple(segments)
+    def result(self) -> Sequence[Outcome]:
+        return self.outcomes

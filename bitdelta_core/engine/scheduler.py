@@ -11,6 +11,11 @@ budget goes to prompts. Whose turn it is:
   `max_variants_per_step` of them, least recently served first. The base costs nothing extra and is always served.
 - When blocks run out, the youngest running sequence gives all of its own back and is computed again later.
 
+A step may be planned before the last one's results are known (overlap). Then a sequence has a token that the host has
+not seen: it counts, its row is planned, and nothing else here looks at its value. A sequence that is about to reach its
+length, or that is `synchronous`, is passed over until its token is known. Steps run in the order of their commits, so a
+block that changes hands at a commit is never written by the old owner after the new one.
+
 Nobody starves: a sequence's arrival number never changes, the oldest running sequence can take every other's blocks, no
 request passes the chosen one that waits for blocks, and variants take turns.
 
@@ -41,11 +46,17 @@ class Work:
     start: int
     rows: int
     claim: Claim
+    samples: bool
+    """Whether the step ends with a new token for this sequence."""
+    prompt_logprobs: bool
+    """Whether the logits of all rows are wanted."""
+    life: int
+    """How often the sequence has been preempted: what the rows leave in its blocks counts in this life alone."""
 
     @property
-    def samples(self) -> bool:
-        """Whether the step ends with a new token for this sequence."""
-        return self.start + self.rows == len(self.seq.tokens)
+    def stop(self) -> int:
+        """The position after the last row: where a new token goes."""
+        return self.start + self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +143,7 @@ class Scheduler:
             self.running.remove(seq)
             seq.admitted = False
             self._enqueue(seq)
+            seq.preemptions += 1
         self.preemptions += len(plan.preempt)
         for seq in plan.admit:
             self._dequeue(seq)
@@ -142,13 +154,20 @@ class Scheduler:
         for work, blocks in zip(plan.work, granted, strict=True):
             self._begin(work)
             work.seq.table += blocks
+            work.seq.computed = work.stop
+            work.seq.unseen += work.samples
+            work.seq.prompt_done = work.seq.prompt_done or work.stop >= work.seq.prompt_len
 
     def advance(self, work: Work) -> None:
-        """The rows of `work` have been computed: count them and make full blocks findable."""
+        """The rows of `work`, in the order of commits, have been computed: make full blocks findable.
+
+        All tokens of the rows are known by now: the last of them may have been sampled by the step before.
+        """
         seq, size = work.seq, self.blocks.block_size
-        seq.computed = work.start + work.rows
-        seq.prompt_done = seq.prompt_done or seq.computed >= seq.prompt_len
-        for i in range(len(seq.chain), seq.computed // size):
+        if work.life != seq.preemptions:
+            return
+        assert len(seq.tokens) >= work.stop, "a row of an unknown token"
+        for i in range(len(seq.chain), work.stop // size):
             parent = seq.chain[-1] if seq.chain else root_key(seq.delta)
             seq.chain.append(self.blocks.publish(seq.table[i], parent, seq.tokens[i * size : (i + 1) * size]))
 
@@ -156,14 +175,13 @@ class Scheduler:
         seq, size = work.seq, self.blocks.block_size
         self._served[seq.delta] = self.step
         self._counters[seq.tenant] += price(work)
-        first, seq.charged = not seq.charged, max(seq.charged, work.start + work.rows)
+        first, seq.charged = not seq.charged, max(seq.charged, work.stop)
         if seq.table:
             return
         parent = root_key(seq.delta)
         for i in range(len(work.claim.hits)):
             parent = chain_key(parent, seq.tokens[i * size : (i + 1) * size])
             seq.chain.append(parent)
-        seq.computed = work.start
         if first:
             seq.cached_tokens = work.start
             self.prefix_queries += seq.prompt_len
@@ -197,9 +215,10 @@ class Scheduler:
         assert all(s.admitted for s in self.running)
         assert not any(s.admitted or s.table or s.computed for s in waiting), "a waiting sequence holds blocks"
         for seq in self.running:
-            assert seq.computed < len(seq.tokens) <= seq.max_len, "nothing left to compute"
+            assert seq.computed < seq.length <= seq.max_len, "nothing left to compute"
+            assert len(seq.tokens) < seq.max_len, "over, but running"
             assert len(seq.table) * self.blocks.block_size >= seq.computed, "computed tokens without a block"
-            assert len(seq.chain) == seq.computed // self.blocks.block_size
+            assert len(seq.chain) <= seq.computed // self.blocks.block_size, "a block is findable that is not full"
         assert Counter(s.tenant for s in [*self.running, *waiting]) == self._tenants
         assert Counter(s.delta for s in [*self.running, *waiting]) == self._variants
         assert self._tenants.keys() <= self._counters.keys()
@@ -207,7 +226,7 @@ class Scheduler:
 
 def price(work: Work) -> int:
     """What a tenant pays for the rows that it has not paid for before."""
-    first, last, prompt = max(work.start, work.seq.charged), work.start + work.rows, work.seq.prompt_len
+    first, last, prompt = max(work.start, work.seq.charged), work.stop, work.seq.prompt_len
     inputs = max(0, min(last, prompt) - first)
     return INPUT_WEIGHT * inputs + OUTPUT_WEIGHT * (max(0, last - first) - inputs)
 
@@ -225,7 +244,7 @@ class _Planner:
         self.variants = self._take_turns()
 
     def build(self) -> StepPlan:
-        ready = [seq for seq in self.scheduler.running if self._served_now(seq)]
+        ready = [seq for seq in self.scheduler.running if seq.can_go_on and self._served_now(seq)]
         for seq in sorted(ready, key=lambda s: s.remaining > 1):  # stable: decoding first, each by arrival
             self._extend(seq)
         if not self.preempt and self.scheduler._waiting:
@@ -237,7 +256,7 @@ class _Planner:
         """The running variants that this step serves, least recently served first."""
         last: dict[str, int] = {}
         for seq in self.scheduler.running:
-            if seq.delta is not None and seq.delta not in last:
+            if seq.delta is not None and seq.delta not in last and seq.can_go_on:
                 last[seq.delta] = self.scheduler._served.get(seq.delta, seq.ready_step)
         return set(sorted(last, key=last.__getitem__)[: self.scheduler.max_variants_per_step])
 
@@ -246,7 +265,7 @@ class _Planner:
 
     def _claim(self, seq: Sequence) -> tuple[Claim, int]:
         """The blocks for all tokens that the sequence has, and the position at which computing begins."""
-        total = self.scheduler.blocks.blocks_for(len(seq.tokens))
+        total = self.scheduler.blocks.blocks_for(seq.length)
         if seq.table:
             return Claim(fresh=total - len(seq.table)), seq.computed
         hits = self._known_blocks(seq)
@@ -283,9 +302,11 @@ class _Planner:
         self.draft.release(victim.table)
 
     def _compute(self, seq: Sequence, start: int, claim: Claim) -> None:
-        rows = min(len(seq.tokens) - start, self.budget)
+        rows = min(seq.length - start, self.budget)
         self.budget -= rows
-        self.work[seq] = Work(seq, start, rows, claim)
+        self.work[seq] = Work(
+            seq, start, rows, claim, start + rows == seq.length, seq.wants_prompt_logprobs, seq.preemptions
+        )
 
     def _admit(self) -> None:
         counters = dict(self.scheduler._counters)

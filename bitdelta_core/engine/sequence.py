@@ -18,23 +18,29 @@ class Sequence:
     index: int = 0
     """Which of the request's n choices."""
     tokens: list[int] = field(default_factory=list)
-    """Prompt and generated tokens."""
+    """Prompt and generated tokens, as far as the host knows them."""
+    unseen: int = 0
+    """Tokens that launched steps have sampled or will sample; the host reads them when it collects the step."""
     max_len: int = 0
-    """len(tokens) at which generation ends for length."""
+    """`length` at which generation ends for length."""
     slot: int = BASE
     """Of the variant, while its delta is pinned."""
     leader: Sequence | None = None
     """The choice whose prompt blocks this one shares."""
 
+    synchronous: bool = False
+    """Its next row needs the host to know all of its tokens."""
+
     table: list[int] = field(default_factory=list)
     computed: int = 0
-    """Tokens whose K and V stand in the blocks of `table`."""
+    """Tokens whose K and V stand in the blocks of `table`, once all launched steps have run."""
     chain: list[bytes] = field(default_factory=list)
     """Keys of the full blocks so far."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it was first admitted."""
     prompt_done: bool = False
     admitted: bool = False
+    preemptions: int = 0
     charged: int = 0
     """Tokens that its tenant has paid for; recomputing after a preemption is free."""
     ready_step: int = 0
@@ -53,14 +59,29 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def length(self) -> int:
+        """Tokens that it has, those that the host has not seen included."""
+        return len(self.tokens) + self.unseen
+
+    @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the next step may compute rows of it, before the last one is collected."""
+        return self.length < self.max_len and not (self.synchronous and self.unseen)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Then no prompt token may come from the prefix cache: its logits are needed."""
         return self.request.params.prompt_logprobs is not None and self.index == 0 and not self.prompt_done
+
+    def receive(self, token: int) -> None:
+        """The host learns of the oldest unseen token."""
+        self.unseen -= 1
+        self.tokens.append(token)
 
     def forget_blocks(self) -> list[int]:
         """Back to nothing computed. Returns the blocks to release."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import groupby
 
 import hypothesis.strategies as st
@@ -10,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bitdelta_core.engine.api import GenerationRequest, SamplingParams
 from bitdelta_core.engine.blocks import BlockManager
-from bitdelta_core.engine.scheduler import Scheduler, StepPlan
+from bitdelta_core.engine.scheduler import Scheduler, StepPlan, Work
 from bitdelta_core.engine.sequence import Sequence
 from kernels.segments import BASE
 
@@ -46,20 +47,32 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     assert len({w.seq.delta for w in plan.work} - {None}) <= scheduler.max_variants_per_step
 
 
-def step(scheduler: Scheduler) -> StepPlan:
-    """Plan (twice, to see that it is pure), commit, and compute: every sampling sequence gets a token or ends."""
+def step(scheduler: Scheduler, launched: deque[StepPlan] | None = None) -> StepPlan:
+    """Plan (twice, to see that it is pure), commit, and compute: every sampling sequence gets a token or ends.
+
+    With `launched` the results of a step come after the next one has been committed.
+    """
     plan = scheduler.plan()
     assert plan == scheduler.plan(), "plan() is not pure"
     check_plan(scheduler, plan)
     scheduler.commit(plan)
-    for w in plan.work:
-        samples = w.samples
-        scheduler.advance(w)
-        if samples:
-            w.seq.tokens.append(w.seq.arrival % 3)
-            if len(w.seq.tokens) >= w.seq.max_len:
-                scheduler.remove(w.seq)
+    queue = deque() if launched is None else launched
+    queue.append(plan)
+    while len(queue) > (launched is not None and bool(plan.work)):
+        for w in queue.popleft().work:
+            collect(scheduler, w)
     return plan
+
+
+def collect(scheduler: Scheduler, w: Work) -> None:
+    seq = w.seq
+    if seq not in {*scheduler.running, *scheduler.waiting()}:
+        return  # it was aborted
+    scheduler.advance(w)
+    if w.samples:
+        seq.receive(seq.arrival % 3)
+        if len(seq.tokens) >= seq.max_len:
+            scheduler.remove(seq)
 
 
 class Scheduling(RuleBasedStateMachine):
@@ -69,8 +82,9 @@ class Scheduling(RuleBasedStateMachine):
         extra=st.integers(0, 12),
         variants=st.integers(1, 3),
         caching=st.booleans(),
+        late=st.booleans(),
     )
-    def start(self, blocks: int, seqs: int, extra: int, variants: int, caching: bool) -> None:
+    def start(self, blocks: int, seqs: int, extra: int, variants: int, caching: bool, late: bool) -> None:
         self.scheduler = Scheduler(
             BlockManager(blocks, SIZE, prefix_caching=caching),
             max_num_seqs=seqs,
@@ -79,6 +93,7 @@ class Scheduling(RuleBasedStateMachine):
         )
         self.open: list[Sequence] = []
         self.arrivals = 0
+        self.launched: deque[StepPlan] | None = deque() if late else None
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=10),
@@ -87,8 +102,11 @@ class Scheduling(RuleBasedStateMachine):
         tenant=st.sampled_from("xyz"),
         n=st.integers(1, 3),
         echo=st.booleans(),
+        synchronous=st.booleans(),
     )
-    def arrive(self, prompt: list[int], generate: int, delta: str | None, tenant: str, n: int, echo: bool) -> None:
+    def arrive(
+        self, prompt: list[int], generate: int, delta: str | None, tenant: str, n: int, echo: bool, synchronous: bool
+    ) -> None:
         leader = None
         for _ in range(n):
             self.arrivals += 1
@@ -96,6 +114,7 @@ class Scheduling(RuleBasedStateMachine):
                 self.arrivals, prompt, generate, delta=delta, tenant=tenant, leader=leader,
                 prompt_logprobs=0 if echo else None,
             )  # fmt: skip
+            seq.synchronous = synchronous
             self.scheduler.add(seq)
             self.open.append(seq)
             leader = leader or seq
@@ -103,7 +122,8 @@ class Scheduling(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule()
     def compute(self) -> None:
-        assert step(self.scheduler), "sequences are open, but nothing is done"
+        under_way = bool(self.launched)
+        assert step(self.scheduler, self.launched) or under_way, "sequences are open, but nothing is done"
         self.open = [seq for seq in self.open if len(seq.tokens) < seq.max_len]
 
     @precondition(lambda self: self.open)

@@ -18,9 +18,11 @@ from bitdelta_core.engine.api import GenerationRequest, SamplingParams, TokenEve
 from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.core import EngineCore, Job
 from bitdelta_core.engine.residency import Residency
-from bitdelta_core.engine.runner import Runner
+from bitdelta_core.engine.runner import Outcome, Task
 from bitdelta_core.engine.scheduler import Scheduler
+from bitdelta_core.engine.sequence import Sequence as EngineSequence
 from bitdelta_core.engine.slab import Slab
+from bitdelta_core.engine.torch_runner import TorchRunner
 from bitdelta_core.engine.variants import Variant
 from bitdelta_core.engine.vocabulary import Vocabulary
 from bitdelta_core.errors import BitDeltaError
@@ -32,6 +34,8 @@ VOCAB = 26
 BASE_SALT = 0
 POISON = 249
 """Salt of a variant whose logits are NaN."""
+DEPTH = 0
+"""Of the runner of worlds that do not say."""
 
 
 def salt_of(delta: str | None) -> int:
@@ -99,6 +103,59 @@ class FakeDecoder:
         return logits
 
 
+class LateRunner(TorchRunner):
+    """A device that is as late as can be: a step runs when its results are fetched, and not before.
+
+    It reads KV, slab and the last step's tokens then; what was planned meanwhile must not have spoilt them.
+    """
+
+    depth = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last: LateStep | None = None
+
+    def is_synchronous(self, params: SamplingParams) -> bool:
+        return params.repetition_penalty != 1
+
+    def launch(self, tasks: Sequence[Task]) -> LateStep:
+        assert not any(t.work.seq.synchronous and t.work.stop > len(t.work.seq.tokens) for t in tasks)
+        before = None if self._last is None else self._last.before
+        assert before is None or before.ready(), "three steps at once"
+        self._last = LateStep(self, tasks, self.batch(tasks), self._last)
+        return self._last
+
+
+class LateStep:
+    def __init__(self, runner: LateRunner, tasks: Sequence[Task], batch: Batch, before: LateStep | None) -> None:
+        self.outcomes: list[Outcome] | None = None
+        self.before = before
+        self._runner, self._tasks, self._batch = runner, tasks, batch
+        ends = batch.query_starts[1:]
+        self._unseen = [
+            (end - 1, t.work.seq) for end, t in zip(ends, tasks, strict=True) if t.work.stop > len(t.work.seq.tokens)
+        ]
+
+    def ready(self) -> bool:
+        return self.outcomes is not None
+
+    def result(self) -> list[Outcome]:
+        assert self.outcomes is None, "fetched twice"
+        for row, seq in self._unseen:
+            assert self.before is not None
+            self._batch.token_ids_T[row] = self.before.token(seq)
+        self.before = None
+        self.outcomes = self._runner.compute(self._tasks, self._batch)
+        return self.outcomes
+
+    def token(self, seq: EngineSequence) -> int:
+        """What this step has sampled for a sequence."""
+        assert self.outcomes is not None, "out of order"
+        [sample] = [o.sample for t, o in zip(self._tasks, self.outcomes, strict=True) if t.work.seq is seq]
+        assert sample is not None
+        return sample.token_id
+
+
 class FakeTokenizer:
     """Token i is the i-th letter."""
 
@@ -157,14 +214,16 @@ class World:
         retry_s: float = 60.0,
         host_cache_bytes: int = 0,
         stop_ids: frozenset[int] = frozenset(),
+        depth: int | None = None,
     ) -> None:
+        runner = (TorchRunner, LateRunner)[DEPTH if depth is None else depth]
         self.source = FakeSource(delta_bytes)
         self.decoder = FakeDecoder(block_size)
         self.woken = threading.Event()
         kv = torch.zeros(blocks * block_size, dtype=torch.int64)
         self.core = EngineCore(
             Variant(48, VOCAB, Vocabulary(FakeTokenizer(), stop_ids)),
-            Runner(self.decoder, kv, block_size=block_size, device=torch.device("cpu")),
+            runner(self.decoder, kv, block_size=block_size, device=torch.device("cpu")),
             Scheduler(
                 BlockManager(blocks, block_size, prefix_caching=prefix_caching),
                 max_num_seqs=max_num_seqs,
@@ -243,8 +302,8 @@ class World:
         return [e for e in self.events[name] if e.index == index][-1]
 
     def assert_idle(self) -> None:
-        """Nothing is held any more: no block, no pin, no want, once the loads under way have ended."""
-        self.run_until(lambda: not self.core.residency.staging())
+        """Nothing is held any more: no block, no pin, no want, once what is under way has ended."""
+        self.run_until(lambda: not self.core.residency.staging() and not self.core._launched)
         self.core.check_integrity()
         stats = self.core.stats()
         assert (stats.kv_blocks_used, stats.pinned, stats.running, stats.waiting) == (0, (), 0, 0)

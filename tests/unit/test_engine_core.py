@@ -24,6 +24,13 @@ A, B, C, D, E = ("0a", "0b", "0c", "0d", "0e")
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6, 5)
 
 
+@pytest.fixture(autouse=True, params=[0, 1], ids=["depth0", "depth1"])
+def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every test here holds for a runner that computes at once and for one that is a step behind."""
+    monkeypatch.setattr("tests.unit.engine_fakes.DEPTH", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("delta", [None, A])
 def test_answers_are_the_variants(delta: str | None) -> None:
     world = World()
@@ -191,6 +198,14 @@ def test_logprobs_of_prompt_and_answer_survive_chunks_and_the_cache() -> None:
         assert position.chosen.text == chr(97 + event.token_ids[0])
 
 
+def test_prompt_logprobs_of_one_token() -> None:
+    world = World()
+    world.ask("r", [3], prompt_logprobs=1, max_tokens=2)
+    world.run()
+    assert world.events["r"][0].prompt_logprobs == (None,)
+    assert world.tokens("r") == answer(None, [3], 2)
+
+
 def test_many_variants_through_a_tiny_slab() -> None:
     """Two of eight fit, of three sizes, loaded and evicted all the time: nobody sees another's bytes."""
     world, rng = World(slab_bytes=2560, max_num_seqs=4), random.Random(3)
@@ -283,7 +298,7 @@ def test_a_poisoned_variant_fails_alone() -> None:
 
 def test_a_base_without_a_finite_logit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
-    monkeypatch.setattr("bitdelta_core.engine.core.sample", lambda logits, rows: [Sample(0, False)] * len(rows))
+    monkeypatch.setattr("bitdelta_core.engine.torch_runner.sample", lambda logits, rows: [Sample(0, False)] * len(rows))
     world.ask("r", PROMPT)
     world.run()
     assert isinstance(world.errors["r"], CheckpointError)
