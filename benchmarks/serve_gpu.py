@@ -2,10 +2,10 @@
 
     python benchmarks/serve_gpu.py [--shape llama-2-7b] [--variants 32] [--rate 8] [--seconds 20]
 
-`bitdelta serve` runs as its users run it; every request streams from `/v1/completions` as server-sent events. Then the
-engine alone is asked the same (`engine.py`). Deltas are copies of one, told apart by their provenance: each has its
-own sha256, name and place in the slab, and the repository stores their weights once. One JSON line per system in
-benchmarks/results/serve_gpu.jsonl.
+`bitdelta serve` runs as its users run it, once as it comes and once with `--direct-streaming`; every request streams
+from `/v1/completions` as server-sent events. Then the engine alone is asked the same (`engine.py`). Deltas are copies
+of one, told apart by their provenance: each has its own sha256, name and place in the slab, and the repository stores
+their weights once. One JSON line per system in benchmarks/results/serve_gpu.jsonl.
 """
 
 from __future__ import annotations
@@ -165,9 +165,12 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
     options = ["--max-num-seqs", str(arguments.max_num_seqs)]
     if arguments.slab_gb is not None:
         options += ["--slab-bytes", str(int(arguments.slab_gb * 1e9))]
-    with server(base, work / "repository", work, options) as url:
-        asyncio.run(over_http(url, base.name, first))
-        results = {"ray serve": asyncio.run(over_http(url, base.name, load))}
+    direct = [*options, "--direct-streaming", "--host", "0.0.0.0"]
+    results = {}
+    for system, given in (("ray serve", options), ("ray serve, direct streaming", direct)):
+        with server(base, work / "repository", work, given) as url:
+            asyncio.run(over_http(url, base.name, first))
+            results[system] = asyncio.run(over_http(url, base.name, load))
     results["engine"] = _alone(base, deltas, arguments, load)
     for system, result in results.items():
         case = {"shape": arguments.shape, "kind": arguments.kind, "variants": arguments.variants}

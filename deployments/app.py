@@ -6,14 +6,16 @@ serve deploy deployments/serve.yaml
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig
+from deployments.direct import PICKER, DirectReplica, Picker, with_picker
 from deployments.gateway import INGRESS, REPLICAS
 from deployments.ingress import Ingress
 from deployments.replica import ModelReplica
@@ -25,7 +27,8 @@ INGRESS_ONGOING = 10_000
 
 
 def build_app(args: AppConfig) -> Application:
-    """Ingress -> model replicas. `args` in YAML, or `name=value` on the command line of `serve run`."""
+    """Ingress -> model replicas; with `direct_streaming`, HAProxy -> model replicas. `args` in YAML, or `name=value` on
+    the command line of `serve run`."""
     replicas = serve.deployment(
         name=REPLICAS,
         num_replicas=args.num_replicas,
@@ -35,15 +38,21 @@ def build_app(args: AppConfig) -> Application:
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         request_router_config=_router(args),
-    )(ModelReplica)
-    ingress = serve.deployment(
-        name=INGRESS,
+    )
+    if args.direct_streaming:
+        direct = replicas(DirectReplica).bind(args)
+        return with_picker(direct, _front(PICKER)(Picker).bind(args, direct))
+    return _front(INGRESS)(Ingress).bind(args, replicas(ModelReplica).bind(args))
+
+
+def _front(name: str) -> Callable[[type], Deployment]:
+    return serve.deployment(
+        name=name,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_ONGOING,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
-    )(Ingress)
-    return ingress.bind(args, replicas.bind(args))
+    )
 
 
 def _router(args: AppConfig) -> RequestRouterConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -11,6 +12,23 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from deployments.auth import Account, HashedKey
 from storage import open_store, repository_uri
+
+DIRECT_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+}
+"""What every Ray process, and whoever builds the application, must be started with for `direct_streaming`."""
+
+
+def direct_environment() -> dict[str, str]:
+    """DIRECT_ENVIRONMENT for a Ray of our own, with free ports for what HAProxy tells of itself: its own defaults would
+    keep a second one from starting on the same machine."""
+    with socket.socket() as metrics, socket.socket() as stats:
+        metrics.bind(("", 0))
+        stats.bind(("", 0))
+        ports = {"METRICS": metrics.getsockname()[1], "STATS": stats.getsockname()[1]}
+    return DIRECT_ENVIRONMENT | {f"RAY_SERVE_HAPROXY_{name}_PORT": str(port) for name, port in ports.items()}
 
 
 class ApiKey(BaseModel):
@@ -72,6 +90,8 @@ class AppConfig(BaseSettings):
     """Fetched deltas on local disk. None: `~/.cache/bitdelta/deltas`."""
     cache_bytes: ByteSize = Field(default=ByteSize(50 * 10**9), gt=0)
 
+    direct_streaming: bool = False
+    """Replicas answer HTTP themselves, behind HAProxy: `deployments.direct`. All of Ray needs DIRECT_ENVIRONMENT."""
     num_replicas: int = Field(default=1, ge=1)
     num_gpus: float | None = Field(default=None, ge=0)
     """Per replica. None: 1 when `device` is a GPU, or auto and the cluster has one."""

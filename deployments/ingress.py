@@ -1,165 +1,18 @@
-"""The HTTP routes: parse, authenticate, resolve the name, call, respond. Everything else is elsewhere.
+"""The HTTP front as a deployment of its own. Also callable through handles: `resolve` is how Python clients resolve
+names."""
 
-No `from __future__ import annotations` here: Serve pickles this class by value, and then FastAPI could not look up the
-names in annotations that are strings.
-"""
-
-import asyncio
-import logging
-import uuid
-from collections.abc import AsyncGenerator
-
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 
-from bitdelta_core.errors import BitDeltaError
-from deployments import cards, chat, completions, metrics_text, sse
-from deployments.auth import ANYBODY, Account, authenticate
-from deployments.calls import DetokenizeCall, Target, TokenizeCall
 from deployments.catalog import Catalog, open_repository
 from deployments.config import AppConfig
-from deployments.errors import describe, http_error
+from deployments.front import Front, new_api
 from deployments.gateway import Gateway
-from deployments.http import CountRequests, json_response, read_json
-from deployments.openai_api import (
-    AnyBody,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    parse_body,
-)
-from deployments.openai_responses import Answer, DetokenizeAnswer, TokenizeAnswer
-from deployments.requests import chat_call, completion_calls
-from deployments.version import VERSION
-from storage.errors import StorageError
-
-logger = logging.getLogger(__name__)
-api = FastAPI(title="bitdelta", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None)
-api.add_middleware(CountRequests)
 
 
-@api.exception_handler(BitDeltaError)
-@api.exception_handler(StorageError)
-async def foreseen(_: Request, error: Exception) -> Response:
-    status, body, headers = describe(error)
-    return json_response(body, status, headers)
-
-
-@api.exception_handler(HTTPException)
-async def no_such_route(request: Request, error: HTTPException) -> Response:
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    return json_response(http_error(error.status_code, code, message), error.status_code, dict(error.headers or {}))
-
-
-@api.exception_handler(Exception)
-async def unforeseen(_: Request, error: Exception) -> Response:
-    status, body, headers = describe(error)
-    return json_response(body, status, headers)
-
-
-@serve.ingress(api)
-class Ingress:
-    """One HTTP front. Also callable through handles: `resolve` is how Python clients resolve names."""
+@serve.ingress(new_api())
+class Ingress(Front):
+    """Every request and every token passes through here."""
 
     def __init__(self, config: AppConfig, replicas: DeploymentHandle) -> None:
-        self._config = config
-        self._keys = config.keys()
-        self._gateway = Gateway(replicas)
-        self._catalog = Catalog(open_repository(config))
-
-    @api.post("/v1/completions")
-    async def completions(self, request: Request) -> Response:
-        account, body = await self._enter(request, CompletionRequest)
-        request_id = f"cmpl-{uuid.uuid4().hex}"
-        target = await self._target(body.model, account)
-        items = self._gateway.items(completion_calls(body, request_id, target, account.tenant))
-        if body.stream:
-            return await self._stream(completions.completion_chunks(body, request_id, target.model, items))
-        return json_response(await completions.completion(body, request_id, target.model, items))
-
-    @api.post("/v1/chat/completions")
-    async def chat_completions(self, request: Request) -> Response:
-        account, body = await self._enter(request, ChatRequest)
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        target = await self._target(body.model, account)
-        items = self._gateway.items([chat_call(body, request_id, target, account.tenant)])
-        if body.stream:
-            return await self._stream(chat.chat_chunks(body, request_id, target.model, items))
-        return json_response(await chat.chat_completion(body, request_id, target.model, items))
-
-    @api.get("/v1/models")
-    async def models(self, request: Request) -> Response:
-        account, info = self._account(request), await self._gateway.info()
-        manifests = await self._catalog.variants(info, account.owners)
-        return json_response(cards.model_list(info, manifests, await self._gateway.context_lens(manifests)))
-
-    @api.get("/v1/models/{model:path}")
-    async def model(self, request: Request, model: str) -> Response:
-        target = await self._target(model, self._account(request))
-        info = await self._gateway.info()
-        if target.manifest is None:
-            return json_response(cards.base(info))
-        (context_len,) = await self._gateway.context_lens([target.manifest])
-        return json_response(cards.variant(info, target.model, target.manifest, context_len))
-
-    @api.post("/tokenize")
-    async def tokenize(self, request: Request) -> Response:
-        account, body = await self._enter(request, TokenizeRequest)
-        prompt = body.chat_prompt(body.messages) if body.messages else body.prompt
-        assert prompt is not None, "the request was validated"
-        target = await self._target(body.model, account)
-        found = await self._gateway.tokenize(
-            TokenizeCall(target=target, prompt=prompt, add_special_tokens=body.add_special_tokens)
-        )
-        count, strings = len(found.token_ids), {"token_strs": list(found.texts)} if body.return_token_strs else {}
-        answer = {"count": count, "max_model_len": found.max_model_len, "tokens": list(found.token_ids), **strings}
-        return json_response(TokenizeAnswer.model_validate(answer))
-
-    @api.post("/detokenize")
-    async def detokenize(self, request: Request) -> Response:
-        account, body = await self._enter(request, DetokenizeRequest)
-        target = await self._target(body.model, account)
-        call = DetokenizeCall(target=target, token_ids=tuple(body.tokens))
-        return json_response(DetokenizeAnswer(prompt=await self._gateway.detokenize(call)))
-
-    @api.get("/health")
-    @api.get("/ping")
-    async def health(self) -> Response:
-        return Response(status_code=200 if await self._gateway.healthy() else 503)
-
-    @api.get("/metrics")
-    async def metrics(self) -> Response:
-        text = await asyncio.to_thread(metrics_text.of_application, serve.get_replica_context().app_name)
-        return Response(text, media_type="text/plain; version=0.0.4")
-
-    @api.get("/version")
-    async def version(self) -> dict[str, str]:
-        return {"version": VERSION}
-
-    async def resolve(self, model: str) -> Target | BitDeltaError | StorageError:
-        """For Python clients in the same cluster, who need no key."""
-        try:
-            return await self._target(model, ANYBODY)
-        except (BitDeltaError, StorageError) as error:
-            return error
-
-    async def _enter(self, request: Request, kind: type[AnyBody]) -> tuple[Account, AnyBody]:
-        """Who asks, and for what."""
-        account = self._account(request)
-        body = parse_body(kind, await read_json(request, self._config.max_body_bytes))
-        return account, body
-
-    def _account(self, request: Request) -> Account:
-        return authenticate(self._keys, request.headers.get("authorization"))
-
-    async def _target(self, model: str, account: Account) -> Target:
-        return await self._catalog.target(model, await self._gateway.info(), account.owners)
-
-    async def _stream(self, chunks: AsyncGenerator[Answer]) -> Response:
-        return await sse.respond(chunks, self._config.keep_alive_s)
+        super().__init__(config, Gateway(replicas), Catalog(open_repository(config)))

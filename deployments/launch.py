@@ -25,6 +25,7 @@ from deployments.config import AppConfig
 from storage import Catalog, open_store, repository_uri
 
 POLL_S = 0.2
+EVERYWHERE = ("0.0.0.0", "::")
 OBJECT_STORE_BYTES = 100 * 2**20
 """Deltas and tokens do not travel through Ray's object store."""
 
@@ -75,6 +76,12 @@ def check(config: AppConfig, listen: Listen) -> int:
     """Fail early, and say why, where Ray would fail late. Returns how many variants the repository has."""
     if not (config.base / "config.json").is_file():
         raise CheckpointError(f"no base model in {config.base}: expected a directory with config.json and safetensors")
+    if config.direct_streaming and listen.host not in EVERYWHERE:
+        raise InvalidRequest(
+            f"direct streaming listens on every address of this machine, not only on {listen.host}: say --host 0.0.0.0 "
+            "if that is meant, with --api-key where others can reach it",
+            param="host",
+        )
     if listen.address is None:
         _check_port(listen)
     return len(Catalog(open_store(repository_uri(config.repo))).list())

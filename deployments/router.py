@@ -18,6 +18,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 RESIDENT = "resident"
 """Key of a replica's routing stats under which it lists the deltas that it holds (`hint`)."""
+LOAD = "load"
+"""Key under which a replica says how many requests it works on, where routers do not see its replies (`direct`)."""
 HINT_CHARACTERS = 16
 
 
@@ -82,7 +84,8 @@ class DeltaRouter(RequestRouter):
         return [[by_id[name]] for name in self._policy.order(key, seen)]
 
     def _candidate(self, name: str, replica: RunningReplica, key: str | None) -> Candidate:
-        queue = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        seen = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        queue = max(seen, replica.routing_stats.get(LOAD, 0))
         resident = key is not None and hint(key) in replica.routing_stats.get(RESIDENT, ())
         return Candidate(name, queue, resident)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the base.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Ask clients for this key; may be repeated.")] = None,
+    direct_streaming: Annotated[
+        bool | None, typer.Option("--direct-streaming", help="Replicas answer HTTP themselves, behind HAProxy.")
+    ] = None,
     num_replicas: Annotated[int | None, typer.Option(help="Model replicas.")] = None,
     num_gpus: Annotated[float | None, typer.Option(help="GPUs per replica.")] = None,
     num_cpus: Annotated[float | None, typer.Option(help="CPUs (and threads) per replica.")] = None,
@@ -41,9 +45,14 @@ def serve(
     """Serve a base and every variant of it in a repository behind one OpenAI-compatible endpoint."""
     given = {name: value for name, value in locals().items() if value is not None}
     listen = {name: given.pop(name) for name in ("host", "port", "address", "verbose") if name in given}
+    config = config_of(given)
+    if config.direct_streaming:
+        from deployments.config import direct_environment
+
+        os.environ.update(direct_environment())  # Ray reads it when it is imported
     from deployments import launch
 
-    launch.run(config_of(given), launch.Listen(**listen), say=lambda text: print(text, flush=True))
+    launch.run(config, launch.Listen(**listen), say=lambda text: print(text, flush=True))
 
 
 def check_config(

@@ -8,13 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
 
+from storage import Catalog, open_store
 from tests.integration.serve_harness import Models, free_port, wait_for
 from tests.tiny import make_base
 
@@ -47,31 +52,91 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
             assert found.stderr.count("\n") == 1
 
 
-def test_it_serves_and_ctrl_c_ends_it(tmp_path: Path) -> None:
-    models, port = Models(tmp_path), free_port()
+@dataclass
+class Command:
+    """A running `bitdelta serve`."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    url: str
+
+    def end(self) -> None:
+        """As a terminal's Ctrl-C does, which reaches the whole process group. Nothing may be left."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        assert children
+        os.killpg(self.process.pid, signal.SIGINT)
+        assert self.process.wait(timeout=60) == 0, self.output.read_text()
+        assert self.output.read_text().endswith("stopping\n"), self.output.read_text()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert alive == []
+
+
+@contextmanager
+def served(models: Models, tmp_path: Path, *options: str) -> Iterator[Command]:
+    """`bitdelta serve` once it says that it is ready."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     sizes = ["--slab-bytes", "8MiB", "--kv-cache-bytes", "8MiB"]
-    arguments = ["--base", str(models.base), "--repo", str(tmp_path / "repo"), "--port", str(port), *sizes]
+    arguments = ["--base", str(models.base), "--repo", str(tmp_path / "repo"), "--port", str(free_port()), *sizes]
     output = tmp_path / "output"
     with output.open("w") as file:
         server = subprocess.Popen(
-            [*COMMAND, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            [*COMMAND, *arguments, *options],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         wait_for("it to be ready", lambda: "ready " in output.read_text() or server.poll() is not None, timeout_s=120)
-        text = output.read_text()
-        url = re.search(r"ready +(http://\S+)/v1", text)
-        assert url, text
-        assert f"curl {url[1]}/v1/completions" in text
-        answer = httpx.post(f"{url[1]}/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, timeout=60)
-        assert answer.status_code == 200
-        children = psutil.Process(server.pid).children(recursive=True)
-        assert children
-        os.killpg(server.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the whole process group
-        assert server.wait(timeout=60) == 0, output.read_text()
-        assert output.read_text().endswith("stopping\n"), output.read_text()
-        _, alive = psutil.wait_procs(children, timeout=20)
-        assert alive == []
+        url = re.search(r"ready +(http://\S+)/v1", output.read_text())
+        assert url, output.read_text()
+        yield Command(server, output, url[1])
     finally:
         if server.poll() is None:
             server.kill()
+
+
+def test_it_serves_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    with served(Models(tmp_path), tmp_path) as command:
+        assert f"curl {command.url}/v1/completions" in command.output.read_text()
+        answer = httpx.post(f"{command.url}/v1/completions", json={"prompt": "Hello", "max_tokens": 3}, timeout=60)
+        assert answer.status_code == 200
+        command.end()
+
+
+def test_direct_streaming(tmp_path: Path) -> None:
+    """Replicas answer HTTP themselves: right answers, each delta on one replica, errors, a clean end."""
+    models, names = Models(tmp_path), ["acme/a", "acme/b", "acme/c"]
+    deltas = {name: models.delta(name, seed=seed) for seed, name in enumerate(names, start=1)}
+    catalog = Catalog(open_store(str(tmp_path / "repo")))
+    for name, delta in deltas.items():
+        catalog.publish(delta, name, base_sha256=models.base_sha256)
+    options = ["--direct-streaming", "--host", "0.0.0.0", "--num-replicas", "2", "--num-cpus", "1"]
+    with served(models, tmp_path, *options) as command:
+        client = openai.OpenAI(base_url=f"{command.url}/v1", api_key="none", max_retries=0, timeout=60)
+        wait_for("HAProxy to ask the picker", lambda: all(len(_replicas(command.url, n, 8)) == 1 for n in names))
+        asked = names * 4
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(lambda name: _streamed(client, name), asked))
+        assert answers == [models.answer(deltas[name], "Hello", 6) for name in asked]
+        assert all(len(_replicas(command.url, name, 16)) == 1 for name in names)
+        with pytest.raises(openai.NotFoundError):
+            _streamed(client, "acme/none")
+        command.end()
+
+
+def _streamed(client: openai.OpenAI, model: str) -> str:
+    stream = client.completions.create(model=model, prompt="Hello", max_tokens=6, temperature=0, stream=True)
+    return "".join(chunk.choices[0].text for chunk in stream)
+
+
+def _replicas(url: str, model: str, times: int) -> set[str]:
+    """Which replicas answer for a model."""
+    body = {"model": model, "prompt": "x", "max_tokens": 1}
+    return {httpx.post(f"{url}/v1/completions", json=body, timeout=60).headers["x-replica-id"] for _ in range(times)}
+
+
+def test_direct_streaming_listens_everywhere_or_not_at_all(tmp_path: Path) -> None:
+    found = run(["--base", str(make_base(tmp_path / "base")), "--direct-streaming", "--port", "0"], tmp_path)
+    assert found.returncode == 1
+    assert "say --host 0.0.0.0" in found.stderr
