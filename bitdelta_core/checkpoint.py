@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,27 @@ from bitdelta_core.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Bytes start:stop of a file."""
+
+    file: Path
+    start: int
+    stop: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Of one safetensors file."""
+
+    nbytes: int
+    fields: Mapping[str, Any]
 
 
 class Checkpoint:
@@ -69,6 +91,31 @@ class Checkpoint:
     def release(self) -> None:
         """Let go of the mapped files: what was read stops counting as this process's memory once no tensor holds it."""
         self._handles.clear()
+
+    def location(self, name: str) -> Location:
+        """Where the tensor's bytes lie, for whoever reads them without mapping the file.
+
+        Raises:
+            CheckpointError: no such tensor, or it is not of a floating type.
+        """
+        file = self._file_of(name)
+        stored, header = self.get_slice(name).get_dtype(), self._header(file)
+        if stored not in FLOATS:
+            raise CheckpointError(f"{self.path}: {name} is {stored}, expected a floating type")
+        start, stop = header.fields[name]["data_offsets"]
+        return Location(file, header.nbytes + start, header.nbytes + stop, FLOATS[stored])
+
+    def _header(self, file: Path) -> _Header:
+        """Parsed once. safetensors has checked it when the file was opened."""
+        if file not in self._headers:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                self._headers[file] = _Header(8 + length, json.loads(stream.read(length)))
+        return self._headers[file]
+
+    @cached_property
+    def _headers(self) -> dict[Path, _Header]:
+        return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.get_slice(name).get_shape())

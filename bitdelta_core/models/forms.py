@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from bitdelta_core.delta import deltadq
+from bitdelta_core.delta.quant import pack
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.parameters import Place
@@ -74,6 +76,8 @@ def plan(
                 yield group, _Dense(entry, take(entry.shape, dtype))
             case "rows":
                 yield group, _Rows.plan(entry, entry.rows, dtype, take)
+            case "deltadq":
+                yield group, _Dropout.plan(entry, dtype, expand, take)
             case "quant":
                 if entry.shape[0] > entry.rows:
                     yield group, _Rows.plan(entry, entry.shape[0] - entry.rows, dtype, take)
@@ -249,3 +253,42 @@ class _Quant:
         if self.expand:
             return Int8Delta(self.q.view(extent), self.scale.view(extent), None)
         return QuantDelta(self.q.view(extent), self.scale.view(extent), self.entry.bits, self.entry.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Dropout:
+    """Kept values among zeros: one byte per weight (Int8Delta), or 2, 4 or 8 bits per weight (QuantDelta)."""
+
+    entry: TensorEntry
+    expand: bool
+    q: Region
+    scale: Region
+
+    @classmethod
+    def plan(cls, entry: TensorEntry, dtype: torch.dtype, expand: bool, take: Take) -> _Dropout:
+        rows, columns = entry.shape
+        if expand:
+            return cls(entry, True, take((1, rows, columns), torch.int8), take((1, rows), dtype))
+        packed = (rows, -(-columns * _dropout_bits(entry) // 8))
+        return cls(entry, False, take(packed, torch.uint8), take((rows,), torch.float32))
+
+    def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
+        values_NK = deltadq.expand(self.entry, reader.part(self.entry, "code"))
+        if self.expand:
+            _copy(self.q, buffer, values_NK[None], self.entry, "code")
+        else:
+            bits = _dropout_bits(self.entry)
+            codes_NK = (values_NK.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+            _copy(self.q, buffer, pack(codes_NK, bits), self.entry, "code")
+        scales = {part: reader.part(self.entry, part) for part in self.entry.parts() if part != "code"}
+        _copy(self.scale, buffer, deltadq.half_scales(self.entry, scales), self.entry, "scale")
+
+    def view(self, extent: torch.Tensor) -> LinearDelta:
+        if self.expand:
+            return Int8Delta(self.q.view(extent), self.scale.view(extent), None)
+        return QuantDelta(self.q.view(extent), self.scale.view(extent), _dropout_bits(self.entry), self.entry.shape[1])
+
+
+def _dropout_bits(entry: TensorEntry) -> int:
+    """Odd numbers up to 2^bits - 1 and zero, as signed integers."""
+    return 2 * entry.bits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,20 +25,33 @@ class Weights:
     @classmethod
     def read(cls, checkpoint: Checkpoint, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> Weights:
         """Raises CheckpointError when a tensor is missing, has another shape, or is not of the architecture."""
+        weights = cls.empty(checkpoint, config, device=device, dtype=dtype)
+        for name, out in weights.parts():
+            out.copy_(_read(checkpoint, name))
+        return weights
+
+    @classmethod
+    def empty(cls, checkpoint: Checkpoint, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> Weights:
+        """Not filled yet. Raises as `read`, which it leaves nothing but the values to."""
         parameters = Parameters.of(config)
         _check_names(checkpoint, parameters, config)
         rows = {place.target: place.start + place.rows for place in parameters.linears.values()}
         columns = {place.target: place.columns for place in parameters.linears.values()}
         targets = {t: torch.empty((n, columns[t]), device=device, dtype=dtype) for t, n in rows.items()}
-        for name, place in parameters.linears.items():
-            value = _read(checkpoint, name, (place.rows, place.columns))
-            targets[place.target][place.start : place.start + place.rows].copy_(value)
         vectors = torch.empty(parameters.vector_elements, device=device, dtype=dtype)
-        for name, span in parameters.vectors.items():
-            vectors[span.start : span.stop].copy_(_read(checkpoint, name, (span.stop - span.start,)))
         if config.tie_word_embeddings:
             targets["head"] = targets["embed"]
-        return cls(targets, vectors, parameters)
+        weights = cls(targets, vectors, parameters)
+        for name, out in weights.parts():
+            _check_shape(checkpoint, name, tuple(out.shape))
+        return weights
+
+    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every Hugging Face parameter and its own part of the memory, contiguous."""
+        for name, place in self.parameters.linears.items():
+            yield name, self.targets[place.target][place.start : place.start + place.rows]
+        for name, span in self.parameters.vectors.items():
+            yield name, self.vectors_V[span.start : span.stop]
 
     def linear_weight(self, name: str) -> torch.Tensor:
         """The matrix of one Hugging Face parameter: a view. The head of a base that ties it is its embedding."""
@@ -55,12 +68,14 @@ def _check_names(checkpoint: Checkpoint, parameters: Parameters, config: ModelCo
             raise CheckpointError(f"{checkpoint.path}: tensor {name} has no place in a {config.family} model")
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    stored = checkpoint.shape(name)
+    if stored != shape:
+        raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(stored)}, config.json says {list(shape)}")
+
+
+def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     value = checkpoint.get(name)
-    if tuple(value.shape) != shape:
-        raise CheckpointError(
-            f"{checkpoint.path}: {name} has shape {list(value.shape)}, config.json says {list(shape)}"
-        )
     if not value.is_floating_point():
         raise CheckpointError(f"{checkpoint.path}: {name} is {value.dtype}, expected a floating type")
     return value
