@@ -13,6 +13,7 @@ from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.decoder import Decoder
 from bitdelta_core.models.device.bitplanes import bit_planes
+from bitdelta_core.models.device.kinds import StepKinds
 from bitdelta_core.models.device.layout import OFFSETS, DeviceLayout, empty_rows
 from bitdelta_core.models.device.targets import misfit, targets_of
 from bitdelta_core.models.parameters import Parameters
@@ -115,7 +116,7 @@ def test_linears(tmp_path: Path, kind: str) -> None:
         "lora": Kinds(rank=16),
         "dense": Kinds(dense=True),
     }
-    assert filled.layout.kinds == kinds[kind]
+    assert filled.layout.kinds == StepKinds(kinds[kind])
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -128,6 +129,16 @@ def test_tables(tmp_path: Path, table: str, tied: bool) -> None:
     outputs = filled.table[:, Field.OUTPUTS]
     assert outputs[-2:].tolist() == [TABLES[table]["shape"][0] if grown else 0] * 2
     assert (outputs[:-2] == 0).all()
+    expected = {
+        "rows": Kinds(rows=True),
+        "rows-grown": Kinds(rows=True),
+        "quant4": Kinds(signs=True, planes=4),
+        "quant2-grown": Kinds(signs=True, planes=2, rows=True),
+        "quant8": Kinds(signs=True, planes=8),
+        "dense-grown": Kinds(dense=True),
+        "sign": Kinds(signs=True, columns=True),
+    }
+    assert filled.layout.kinds == StepKinds(Kinds(signs=True), expected[table], expected[table])
 
 
 @pytest.mark.parametrize("table", ["rows", "quant4", "dense-grown"])
@@ -182,13 +193,13 @@ def test_members_of_different_codecs(tmp_path: Path) -> None:
     decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
     base = base_state(tmp_path / "base")
     filled = check(decoder, mixed_delta(base), base)
-    assert filled.layout.kinds == Kinds(signs=True, columns=True, planes=3, rank=32, dense=True)
+    assert filled.layout.kinds == StepKinds(Kinds(signs=True, columns=True, planes=3, rank=32, dense=True))
 
 
 def test_what_equals_the_base_has_no_parts(tmp_path: Path) -> None:
     decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
     layout = DeviceLayout.plan(FakeDelta(), decoder.config, torch.float32)
-    assert (layout.nbytes, layout.kinds, layout.vectors_at(0)) == (0, Kinds(), None)
+    assert (layout.nbytes, layout.kinds, layout.vectors_at(0)) == (0, StepKinds(), None)
     assert torch.equal(layout.row(512), empty_rows(len(targets_of(decoder.config))))
 
 
@@ -227,11 +238,27 @@ def test_fill_refuses_values_that_are_not_finite(tmp_path: Path, kind: str, pois
         Filled(decoder, delta)
 
 
-@pytest.mark.parametrize("overrides", [{"num_hidden_layers": 2}, {"tie_word_embeddings": True}, {"vocab_size": 261}])
+@pytest.mark.parametrize(
+    "overrides", [{"num_hidden_layers": 2}, {"tie_word_embeddings": True}, {"vocab_size": 261}, {"vocab_size": 600}]
+)
 def test_plan_refuses(tmp_path: Path, overrides: dict[str, Any]) -> None:
     decoder = Decoder.load(make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96))
-    with pytest.raises(DeltaFormatError, match=r"config override|model\.embed_tokens\.weight: vocab_size grows"):
+    with pytest.raises(
+        DeltaFormatError, match=r"config override|model\.embed_tokens\.weight: vocab_size grows|vocab_size 600"
+    ):
         DeviceLayout.plan(FakeDelta(config_overrides=overrides), decoder.config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"codec": "bitdelta", "planes": 9}, "9 sign planes"), ({"codec": "lora", "rank": 513}, "rank 513")],
+)
+def test_plan_refuses_more_than_kernels_take(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96))
+    name = "model.layers.0.mlp.up_proj.weight"
+    delta = FakeDelta(tensors={name: TensorEntry(name=name, shape=(96, 48), **fields)})
+    with pytest.raises(DeltaFormatError, match=f"{name}: {message}"):
+        DeviceLayout.plan(delta, decoder.config, torch.float32)
 
 
 def test_plan_refuses_an_entry_without_a_place(tmp_path: Path) -> None:

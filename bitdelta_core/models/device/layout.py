@@ -5,7 +5,7 @@ The face of `models.variant.VariantLayout`; in place of views it gives the varia
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models import forms
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.device import parts
+from bitdelta_core.models.device.kinds import StepKinds, union
 from bitdelta_core.models.device.parts import Part
 from bitdelta_core.models.device.targets import misfit, targets_of
 from bitdelta_core.models.forms import Region
@@ -29,6 +30,8 @@ from bitdelta_core.models.variant import (
 )
 from kernels.device import FIELDS, NONE, UNIT, Field, Kinds, Target
 
+EXTRA_TOKENS = 256
+"""How many tokens more than the base a variant may have: logits of all rows are that much wider."""
 OFFSETS = (
     Field.SIGN,
     Field.SCALE,
@@ -41,6 +44,11 @@ OFFSETS = (
     Field.ROW_VALUE,
 )
 """The fields that count UNITs from the start of the slab."""
+
+
+def widest_vocabulary(base_config: ModelConfig) -> int:
+    """Columns of logits: the largest vocabulary of any variant."""
+    return base_config.vocab_size + EXTRA_TOKENS
 
 
 def empty_rows(targets: int) -> torch.Tensor:
@@ -56,7 +64,7 @@ class DeviceLayout:
 
     config: ModelConfig
     nbytes: int
-    kinds: Kinds
+    kinds: StepKinds
     parts: tuple[Part, ...]
     vectors: Region | None
     vector_entries: tuple[TensorEntry, ...]
@@ -73,7 +81,8 @@ class DeviceLayout:
 
         Raises:
             DeltaFormatError: an entry names no parameter of the base, has another shape, or a codec out of place; a
-                config override that is not supported; a vocabulary that grows without an embedding for it.
+                config override that is not supported; a vocabulary that grows without an embedding for it, or by more
+                than EXTRA_TOKENS; more planes or a higher rank than kernels take.
         """
         assert misfit(base_config) is None, misfit(base_config)
         config = variant_config(delta, base_config)
@@ -81,16 +90,17 @@ class DeviceLayout:
         parameters, targets = Parameters.of(config), targets_of(base_config)
         arena, table_JF = Arena(), empty_rows(len(targets))
         linears, vectors = split_entries(delta.tensors, parameters)
-        planned: list[Part] = []
+        planned: dict[str, list[Part]] = {}
         for name, members in linears.items():
             found = list(parts.plan(targets[name], _outputs(name, targets[name], config), members, dtype, arena.take))
             for field, value in (item for part in found for item in part.fields.items()):
                 table_JF[targets[name].index, field] = value
-            planned += found
+            planned[name] = found
         block = arena.take((parameters.vector_elements,), dtype) if vectors else None
         _finish_tables(table_JF, targets, config, base_config)
-        kinds = parts.union([part.kinds for part in planned])
-        return cls(config, arena.nbytes, kinds, tuple(planned), block, vectors, parameters, table_JF)
+        kinds = _kinds(planned, config)
+        planned_parts = tuple(part for found in planned.values() for part in found)
+        return cls(config, arena.nbytes, kinds, planned_parts, block, vectors, parameters, table_JF)
 
     def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights) -> None:
         """Write every tensor into `buffer` (uint8 [nbytes], host memory).
@@ -132,9 +142,22 @@ def _finish_tables(
         table_JF[head] = table_JF[embed]
 
 
+def _kinds(planned: Mapping[str, Sequence[Part]], config: ModelConfig) -> StepKinds:
+    def of(names: Iterable[str]) -> Kinds:
+        return union([part.kinds for name in names for part in planned.get(name, ())])
+
+    head = "embed" if config.tie_word_embeddings else "head"
+    return StepKinds(of(name for name in planned if name not in ("embed", "head")), of(["embed"]), of([head]))
+
+
 def _check_growth(config: ModelConfig, base_config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
     if config.vocab_size <= base_config.vocab_size:
         return
+    if config.vocab_size > widest_vocabulary(base_config):
+        raise DeltaFormatError(
+            f"vocab_size {config.vocab_size}: on a GPU at most {EXTRA_TOKENS} tokens more than the base's "
+            f"{base_config.vocab_size}"
+        )
     for name in (EMBED,) if config.tie_word_embeddings else (EMBED, HEAD):
         if name not in entries:
             raise DeltaFormatError(

@@ -13,7 +13,9 @@ from typing import Protocol
 
 import torch
 
+from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.device.bitplanes import bit_planes
+from bitdelta_core.models.device.kinds import MAX_PLANES, MAX_RANK
 from bitdelta_core.models.forms import BaseWeight, Member, Reader, Region, Take, check_finite, whole_rows
 from kernels.device import UNIT, Field, Kinds, Target
 from kernels.fragments import TILE_COLUMNS, TILE_ROWS, pack, tiles
@@ -43,7 +45,12 @@ def plan(target: Target, outputs: int, members: Sequence[Member], dtype: torch.d
 
     Args:
         outputs: the variant's own N, at least the base's.
+
+    Raises:
+        DeltaFormatError: more planes or a higher rank than kernels take.
     """
+    for member in members:
+        _check_limits(member)
     by_codec: dict[str, list[Member]] = {}
     for member in members:
         by_codec.setdefault(member.entry.codec, []).append(member)
@@ -57,6 +64,14 @@ def plan(target: Target, outputs: int, members: Sequence[Member], dtype: torch.d
                 yield Dense(tuple(group), take((outputs, target.inputs), dtype))
             case "quant" | "rows":
                 yield from _table_parts(target, outputs, group[0], dtype, take)
+
+
+def _check_limits(member: Member) -> None:
+    entry = member.entry
+    if entry.codec == "bitdelta" and entry.planes > MAX_PLANES:
+        raise DeltaFormatError(f"{entry.name}: {entry.planes} sign planes, at most {MAX_PLANES} on a GPU")
+    if entry.codec == "lora" and entry.rank > MAX_RANK:
+        raise DeltaFormatError(f"{entry.name}: rank {entry.rank}, at most {MAX_RANK} on a GPU")
 
 
 def _table_parts(target: Target, outputs: int, member: Member, dtype: torch.dtype, take: Take) -> Iterator[Part]:
@@ -283,15 +298,3 @@ def _take_planes(target: Target, outputs: int, planes: int, take: Take) -> tuple
 def _unit(region: Region) -> int:
     assert region.start % UNIT == 0
     return region.start // UNIT
-
-
-def union(kinds: Sequence[Kinds]) -> Kinds:
-    """The smallest that covers all."""
-    return Kinds(
-        signs=any(k.signs for k in kinds),
-        columns=any(k.columns for k in kinds),
-        planes=max((k.planes for k in kinds), default=1),
-        rank=max((k.rank for k in kinds), default=0),
-        dense=any(k.dense for k in kinds),
-        rows=any(k.rows for k in kinds),
-    )

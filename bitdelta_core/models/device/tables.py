@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from bitdelta_core.models.config import ModelConfig
+from bitdelta_core.models.device.kinds import StepKinds, step_union
 from bitdelta_core.models.device.layout import DeviceLayout, empty_rows
-from bitdelta_core.models.device.parts import union
 from bitdelta_core.models.device.targets import targets_of
 from bitdelta_core.models.rope import RopeConfig, inv_freq
-from kernels.device import UNIT, DeviceDeltas, Kinds
+from kernels.device import UNIT, DeviceDeltas
 from kernels.rotary.device import RopeTables
 
 
@@ -30,7 +30,7 @@ class _Entry:
     vectors: int
     vocab: int
     rope_F: torch.Tensor
-    kinds: Kinds
+    kinds: StepKinds
 
 
 class DeltaTables:
@@ -58,9 +58,9 @@ class DeltaTables:
         self.vocab_E = torch.empty(entries, dtype=torch.int32, device=device)
         """How many logits of each entry's rows count."""
         self._void = _Entry(
-            empty_rows(targets), self._blocks[1], 0, torch.full_like(_rope_row(config.rope), torch.nan), Kinds()
+            empty_rows(targets), self._blocks[1], 0, torch.full_like(_rope_row(config.rope), torch.nan), StepKinds()
         )
-        base = _Entry(empty_rows(targets), self._blocks[0], config.vocab_size, _rope_row(config.rope), Kinds())
+        base = _Entry(empty_rows(targets), self._blocks[0], config.vocab_size, _rope_row(config.rope), StepKinds())
         self._entries = [base, *[self._void] * slots]
         for entry in range(entries):
             self._write(entry)
@@ -75,9 +75,9 @@ class DeltaTables:
         return len(self._entries) - 1
 
     @property
-    def kinds(self) -> Kinds:
+    def kinds(self) -> StepKinds:
         """What steps over the published variants may meet."""
-        return union([entry.kinds for entry in self._entries])
+        return step_union([entry.kinds for entry in self._entries])
 
     def publish(self, slot: int, layout: DeviceLayout, extent_start: int) -> None:
         """From the next launch on this stream, slot's rows are computed with the bytes at `extent_start` of the slab.

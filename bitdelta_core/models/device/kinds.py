@@ -1,0 +1,48 @@
+"""Which kinds of deltas a step may meet, in each part of the model: what is launched, and so graphs, depend on it.
+
+Layers, embedding and head apart: an 8-bit head must not make every linear of every layer look for eight planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kernels.device import Kinds
+
+MAX_PLANES = 8
+MAX_RANK = 512
+_NONE = Kinds()
+_ANY = Kinds(signs=True, columns=True, planes=MAX_PLANES, rank=MAX_RANK, dense=True, rows=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepKinds:
+    layers: Kinds = _NONE
+    embed: Kinds = _NONE
+    head: Kinds = _NONE
+
+
+ANYTHING = StepKinds(_ANY, _ANY, _ANY)
+"""What working memory is planned for."""
+
+
+def union(kinds: Sequence[Kinds]) -> Kinds:
+    """The smallest that covers all."""
+    return Kinds(
+        signs=any(k.signs for k in kinds),
+        columns=any(k.columns for k in kinds),
+        planes=max((k.planes for k in kinds), default=1),
+        rank=max((k.rank for k in kinds), default=0),
+        dense=any(k.dense for k in kinds),
+        rows=any(k.rows for k in kinds),
+    )
+
+
+def step_union(kinds: Sequence[StepKinds]) -> StepKinds:
+    return StepKinds(*(union([getattr(k, part) for k in kinds]) for part in ("layers", "embed", "head")))
+
+
+def has_any(kinds: Kinds) -> bool:
+    """Whether rows may have a difference at all."""
+    return kinds.signs or kinds.rank > 0 or kinds.dense or kinds.rows
