@@ -1,0 +1,78 @@
+"""What the device tables stand for: the specification of the kernels that read deltas through them.
+
+Not covered: speed. It reads tables on the host, which waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import fragments
+from kernels.delta_linear import reference
+from kernels.deltas import SignDelta
+from kernels.device import NONE, UNIT, DeviceDeltas, Field, Target
+
+
+def matrix(deltas: DeviceDeltas, target: Target, entry: int, dtype: torch.dtype) -> torch.Tensor:
+    """D [N, K] of an entry in float32, without replaced rows; N the entry's own number of outputs.
+
+    Args:
+        dtype: the compute dtype, which low-rank and dense parts are stored in.
+    """
+    outputs = int(deltas.table_EJF[entry, target.index, Field.OUTPUTS]) or target.outputs
+    total_NK = torch.zeros(outputs, target.inputs, device=deltas.slab.device)
+    for part in (
+        signs(deltas, target, entry),
+        low_rank(deltas, target, entry, dtype),
+        dense(deltas, target, entry, dtype),
+    ):
+        if part is not None:
+            total_NK[: part.shape[0]] += part
+    return total_NK
+
+
+def signs(deltas: DeviceDeltas, target: Target, entry: int) -> torch.Tensor | None:
+    """The sum of the entry's sign planes with its zero term, in float32."""
+    row = deltas.table_EJF[entry, target.index].tolist()
+    planes, inputs, outputs = row[Field.PLANES], target.inputs, row[Field.OUTPUTS] or target.outputs
+    if not planes:
+        return None
+    high, wide = fragments.tiles(outputs, inputs)
+    packed = _part(deltas, row[Field.SIGN], torch.int32, planes, high, wide, 32, 4)
+    sign_PNk = fragments.unpack(packed, outputs, inputs)
+    scale_PN = _part(deltas, row[Field.SCALE], torch.float32, planes, high * 16)[:, :outputs]
+    total_NK = torch.zeros(outputs, inputs, device=deltas.slab.device)
+    col_PmK = None
+    if row[Field.COL] != NONE:
+        col_PmK = _part(deltas, row[Field.COL], torch.float32, planes, len(target.members), wide * 256)[..., :inputs]
+    for m, (first, stop) in enumerate(zip(target.members, [*target.members[1:], outputs], strict=True)):
+        col_PK = None if col_PmK is None else col_PmK[:, m]
+        part = SignDelta(sign_PNk[:, first:stop], scale_PN[:, first:stop], col_PK, inputs)
+        total_NK[first:stop] = reference.matrix(part)
+    if row[Field.ZERO] != NONE:
+        total_NK += _part(deltas, row[Field.ZERO], torch.float32, high * 16)[:outputs, None]
+    return total_NK
+
+
+def low_rank(deltas: DeviceDeltas, target: Target, entry: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """B A of every member, in float32."""
+    row = deltas.table_EJF[entry, target.index].tolist()
+    rank, members = row[Field.RANK], target.members
+    if not rank:
+        return None
+    a_mrK = _part(deltas, row[Field.LORA_A], dtype, len(members), rank, target.inputs).float()
+    b_Nr = _part(deltas, row[Field.LORA_B], dtype, target.outputs, rank).float()
+    spans = zip(members, [*members[1:], target.outputs], strict=True)
+    return torch.cat([b_Nr[first:stop] @ a_rK for a_rK, (first, stop) in zip(a_mrK, spans, strict=True)])
+
+
+def dense(deltas: DeviceDeltas, target: Target, entry: int, dtype: torch.dtype) -> torch.Tensor | None:
+    row = deltas.table_EJF[entry, target.index].tolist()
+    if row[Field.DENSE] == NONE:
+        return None
+    return _part(deltas, row[Field.DENSE], dtype, row[Field.OUTPUTS] or target.outputs, target.inputs).float()
+
+
+def _part(deltas: DeviceDeltas, offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return deltas.slab[offset * UNIT : offset * UNIT + size].view(dtype).view(shape)

@@ -1,0 +1,221 @@
+"""Low-rank deltas of decode-sized segments: delta += (x A^T) B^T, ranks mixed in one batch.
+
+Two launches, each with all entries in one grid; programs of entries without a low-rank part end at once.
+
+- shrink: [splits x rank blocks, segments]. A's rows are cut into blocks and K into splits; each program writes its part
+  of x A^T to the workspace, so that nothing is added atomically and results do not depend on the order of programs. A
+  program of a large rank goes on to further blocks, so that the grid does not grow with the largest rank allowed.
+- expand: [output tiles, segments]. Sums the splits, multiplies with B, adds to the segment's rows of delta.
+
+x A^T is rounded to the compute dtype between the two, as adapters' own training code does.
+
+After S-LoRA (2311.03285, section 5) and Punica (2310.18547, section 4), whose kernels have one rank per batch or add
+splits atomically.
+"""
+
+# Triton's language is not Python's:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.delta_linear import triton_parts as parts
+from kernels.delta_linear.triton_parts import LORA_A, LORA_B
+from kernels.device import DeviceDeltas, Target
+
+
+@triton.jit
+def shrink_kernel(
+    X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T,
+    K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
+    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """H[split, t, r] = the split's part of x[t] A[r]^T. H is [SPLIT, T, WIDTH]."""
+    entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
+    split, block = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    rank = parts.rank_of(TABLE, entry * table_stride)
+    if (stop <= start) | (rank == 0):
+        return
+    a = parts.part(SLAB, TABLE, entry * table_stride, LORA_A, X.dtype.element_ty)
+    rows: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
+    for r0 in range(block * BR, MEMBERS * rank, BLOCKS * BR):
+        r = r0 + tl.arange(0, BR)
+        for t0 in range(start, stop, BT):
+            t = t0 + tl.arange(0, BT)
+            h = parts.rows_times_matrix(
+                X, x_stride, a, t, stop, r, MEMBERS * rank, split * rows, K, rows, BK, STAGES
+            )  # fmt: skip
+            at = (split * T + t)[:, None].to(tl.int64) * WIDTH + r[None, :]
+            tl.store(H + at, h, mask=(t[:, None] < stop) & (r[None, :] < MEMBERS * rank))
+
+
+@triton.jit
+def add_expanded(
+    total, H, b, t, stop, n, first, last, rank, column, T, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BI: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """total[t, n] += sum over i < rank, s of H[s, t, column + i] b[n, i], for n in first .. last."""
+    i = tl.arange(0, BI)
+    for i0 in tl.range(0, rank, BI, num_stages=STAGES):
+        inside = i0 + i < rank
+        mask = (t[:, None] < stop) & inside[None, :]
+        h = tl.zeros((t.shape[0], BI), tl.float32)
+        for s in tl.static_range(SPLIT):
+            at = (s * T + t)[:, None].to(tl.int64) * WIDTH + (column + i0 + i)[None, :]
+            h += tl.load(H + at, mask=mask, other=0.0)
+        here = (n[None, :] >= first) & (n[None, :] < last) & inside[:, None]
+        b_at = b + n[None, :].to(tl.int64) * rank + (i0 + i)[:, None]
+        total = tl.dot(h.to(b.dtype.element_ty), tl.load(b_at, mask=here, other=0.0), total)
+    return total
+
+
+@triton.jit
+def expand_kernel(
+    H, SLAB, TABLE, table_stride, SEGMENTS, OUT, out_stride, T, N, FIRST_1, FIRST_2, DTYPE: tl.constexpr,
+    MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """OUT[t, n] += sum over i of H[., t, member(n) * rank + i] B[n, i]."""
+    entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
+    rank = parts.rank_of(TABLE, entry * table_stride)
+    if (stop <= start) | (rank == 0):
+        return
+    b = parts.part(SLAB, TABLE, entry * table_stride, LORA_B, DTYPE)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    for t0 in range(start, stop, BT):
+        t = t0 + tl.arange(0, BT)
+        total = tl.zeros((BT, BN), tl.float32)
+        for m in tl.static_range(MEMBERS):
+            first, last = member_span(m, MEMBERS, N, FIRST_1, FIRST_2)
+            if (tl.program_id(0) * BN < last) & (tl.program_id(0) * BN + BN > first):
+                total = add_expanded(
+                    total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, BI, STAGES
+                )  # fmt: skip
+        at = OUT + t[:, None].to(tl.int64) * out_stride + n[None, :]
+        mask = (t[:, None] < stop) & (n[None, :] < N)
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(at, total.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def member_span(m: tl.constexpr, MEMBERS: tl.constexpr, N, FIRST_1, FIRST_2):
+    """(first, last) output of member m of a fused target."""
+    if m == 0:
+        first = N * 0
+    elif m == 1:
+        first = FIRST_1
+    else:
+        first = FIRST_2
+    if m + 1 == MEMBERS:
+        last = N
+    elif m == 0:
+        last = FIRST_1
+    else:
+        last = FIRST_2
+    return first, last
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankConfig:
+    split: int
+    """Parts that K is cut into"""
+    rows: int = 16
+    """Rows of x that are multiplied at once"""
+    rank_block: int = 32
+    inner: int = 128
+    """Inputs that are loaded at once"""
+    stages: int = 4
+    blocks: int = 8
+    """Programs for the rank blocks of one segment and split"""
+    outputs: int = 64
+    """Of one program of expand"""
+    warps: int = 4
+
+
+def choose(target: Target, rows: int, max_rank: int) -> LowRankConfig:
+    """Not measured yet. Splits so that a few segments of rank 16 already fill a GPU with programs of some 16 KiB."""
+    width = len(target.members) * max_rank
+    tall = 16 if rows <= 32 else 32
+    return LowRankConfig(
+        split=max(1, min(8, target.inputs // 512)) if rows <= 256 else 1,
+        rows=tall if rows <= 256 else 64,
+        rank_block=16 if width == 16 else 32,
+        warps=2 if width == 16 else 4,
+    )
+
+
+def candidates(target: Target, rows: int, max_rank: int) -> list[LowRankConfig]:
+    """For a benchmark's sweep."""
+    chosen = choose(target, rows, max_rank)
+    return [
+        LowRankConfig(split, chosen.rows, block, inner, stages, 8, outputs, warps)
+        for split in (2, 4, 8, 16)
+        for block, warps in ((16, 1), (16, 2), (32, 4))
+        for inner, stages in ((128, 4), (256, 3))
+        for outputs in (64, 128)
+    ]
+
+
+def workspace_floats(target: Target, rows: int, max_rank: int, config: LowRankConfig | None = None) -> int:
+    """float32 elements that x A^T of a step takes."""
+    config = config or choose(target, rows, max_rank)
+    return config.split * rows * len(target.members) * max_rank
+
+
+def shrink(
+    x_TK: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, max_rank: int,
+    workspace: torch.Tensor, config: LowRankConfig,
+) -> torch.Tensor:  # fmt: skip
+    """x A^T in parts, float32 [split, T, members * max_rank], in the workspace. Columns beyond members * rank of the
+    row's own variant hold anything, and so do rows of variants without a low-rank part.
+
+    Args:
+        workspace: uint8, aligned to 16, at least 4 * `workspace_floats`.
+    """
+    parts.check_rows(x_TK, target)
+    rows, width = x_TK.shape[0], len(target.members) * max_rank
+    size = config.split * rows * width
+    assert max_rank % 16 == 0, f"rank {max_rank} is not padded to 16"
+    assert workspace.numel() >= 4 * size, f"workspace of {workspace.numel()} bytes, {4 * size} needed"
+    h = workspace[: 4 * size].view(torch.float32).view(config.split, rows, width)
+    blocks = min(config.blocks, triton.cdiv(width, config.rank_block))
+    shrink_kernel[(config.split * blocks, segments_G4.shape[0])](
+        x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, h, rows,
+        K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=config.split, BLOCKS=blocks,
+        BT=config.rows, BR=config.rank_block, BK=config.inner, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return h
+
+
+def low_rank(
+    x_TK: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, max_rank: int,
+    out_TN: torch.Tensor, workspace: torch.Tensor, *, config: LowRankConfig | None = None,
+) -> None:  # fmt: skip
+    """Adds the low-rank parts of every segment's variant to its rows of out, which must hold numbers.
+
+    Args:
+        max_rank: at least the rank of every entry in the table, a multiple of 16.
+        out_TN: float32 or the compute dtype; columns from the target's outputs on are left alone.
+        workspace: as `shrink`'s.
+    """
+    assert out_TN.stride(1) == 1
+    config = config or choose(target, x_TK.shape[0], max_rank)
+    h = shrink(x_TK, target, deltas, segments_G4, max_rank, workspace, config)
+    first = [*target.members[1:], 0, 0]
+    inner = min(64, triton.next_power_of_2(max_rank))
+    expand_kernel[(triton.cdiv(target.outputs, config.outputs), segments_G4.shape[0])](
+        h, *parts.table_arguments(deltas, target), segments_G4, out_TN, out_TN.stride(0), h.shape[1], target.outputs,
+        first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members), WIDTH=h.shape[2], SPLIT=config.split,
+        BT=config.rows, BN=config.outputs, BI=inner, STAGES=1 if max_rank <= inner else 2,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def dtype_of(x: torch.Tensor) -> tl.dtype:
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[x.dtype]

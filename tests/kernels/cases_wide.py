@@ -1,0 +1,68 @@
+"""Launches of the delta linear beside decode-sized sign planes."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.delta_linear import triton_dense, triton_low_rank, triton_merge, triton_product, triton_rows
+from kernels.device import Kinds, Partials, Target
+from tests.kernels.compile_harness import Case
+from tests.kernels.meta import ints, meta, tables
+
+QKV = Target(1, 12288, 4096, (0, 4096, 8192))
+DOWN = Target(3, 4096, 11008)
+SPACE = 2**24
+
+
+def _space() -> torch.Tensor:
+    return meta(SPACE, dtype=torch.uint8)
+
+
+def _merge(target: Target, kinds: Kinds) -> None:
+    weight = meta(target.outputs, target.inputs)
+    triton_merge.merge(weight, target, tables(4), 2, kinds, torch.empty_like(weight))
+
+
+def _product(target: Target, kinds: Kinds, config: triton_product.ProductConfig, base: bool = True) -> None:
+    weight = meta(target.outputs, target.inputs) if base else None
+    x, out = meta(512, target.inputs), meta(512, target.outputs)
+    triton_product.product(x, weight, target, tables(4), ints(2, 4), kinds, out, _space(), config=config)
+
+
+def _low_rank(target: Target, rows: int, rank: int) -> None:
+    x, delta = meta(rows, target.inputs), meta(rows, target.outputs, dtype=torch.float32)
+    triton_low_rank.low_rank(x, target, tables(4), ints(rows, 4), rank, delta, _space())
+
+
+def _dense(target: Target, rows: int) -> None:
+    x, delta = meta(rows, target.inputs), meta(rows, target.outputs, dtype=torch.float32)
+    triton_dense.dense(x, target, tables(4), ints(rows, 4), delta)
+
+
+def _rows() -> None:
+    floats = meta(2, 16, 32064, dtype=torch.float32)
+    triton_rows.replace_rows(
+        meta(16, 4096),
+        Target(3, 32000, 4096),
+        tables(4),
+        ints(16, 4),
+        Partials(floats, meta(16, 32064, dtype=floats.dtype)),
+    )
+
+
+LARGE = triton_product.ProductConfig(256)
+AMPERE = triton_product.ProductConfig(128)
+MIXED = triton_product.ProductConfig(128, stages=2)
+SIGNS = Kinds(signs=True)
+ASYNC = "LDGSTS.E.BYPASS.128"
+CASES = [
+    Case("wide merge", lambda: _merge(QKV, SIGNS), {90: ("LDG.E.128", "STG.E.128")}),
+    Case("wide merge, all", lambda: _merge(QKV, Kinds(True, True, 2, 64, True))),
+    Case("wide fused 128", lambda: _product(QKV, SIGNS, AMPERE), {80: ("HMMA.16816.F32.BF16", ASYNC)}),
+    Case("wide split 64", lambda: _product(QKV, SIGNS, triton_product.ProductConfig(64), False), {90: ("HGMMA",)}),
+    Case("wide fused, all", lambda: _product(DOWN, Kinds(True, True, 2, 64, True), MIXED)),
+    Case("wide low rank 16", lambda: _low_rank(QKV, 16, 16), {90: ("HMMA", ASYNC)}),
+    Case("wide low rank 512", lambda: _low_rank(DOWN, 64, 512), {90: ("HMMA", ASYNC)}),
+    Case("wide dense", lambda: _dense(DOWN, 8), {90: ("HMMA", ASYNC)}),
+    Case("wide rows", _rows, {90: ("HMMA", ASYNC)}),
+]
