@@ -1,7 +1,5 @@
 """Bit planes of activations against their float32 specification."""
 
-# pyright: reportArgumentType=false  (Triton's constexpr)
-
 from __future__ import annotations
 
 import pytest

@@ -1,0 +1,245 @@
+"""A decode-sized linear with every variant's delta: base partials, and delta partials of the variants' rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import triton
+
+from kernels.delta_linear import wide
+from kernels.delta_linear.choice import Config, Impl, choose
+from kernels.delta_linear.triton_flat import flat_kernel
+from kernels.delta_linear.triton_parts import table_arguments
+from kernels.delta_linear.triton_signs import sign_kernel
+from kernels.delta_linear.triton_unpack import unpack_kernel
+from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
+
+__all__ = ["delta_linear", "partials_of", "split_of"]
+
+
+def split_of(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> int:
+    """How many base partials the chosen configuration writes."""
+    return choose(target, rows, kinds, device).split
+
+
+def partials_of(
+    target: Target,
+    rows: int,
+    kinds: Kinds,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    width: int | None = None,
+    config: Config | None = None,
+) -> Partials:
+    """Allocates what `delta_linear` writes. `width`: columns, where a variant may have more outputs than the base."""
+    config, width = config or choose(target, rows, kinds, device), width or target.outputs
+    base_STN = torch.empty((config.split, rows, width), dtype=config.base_dtype(dtype), device=device)
+    delta_TN = torch.empty((rows, width), dtype=torch.float32, device=device) if has_deltas(kinds) else None
+    return Partials(base_STN, delta_TN)
+
+
+def has_deltas(kinds: Kinds) -> bool:
+    return kinds.signs or kinds.rank > 0 or kinds.dense or kinds.rows
+
+
+def delta_linear(
+    x_TK: torch.Tensor,
+    planes: Planes | None,
+    weight_NK: torch.Tensor,
+    target: Target,
+    deltas: DeviceDeltas,
+    entry_T: torch.Tensor,
+    segments_G4: torch.Tensor,
+    kinds: Kinds,
+    out: Partials,
+    workspace: torch.Tensor,
+    *,
+    impl: Impl | None = None,
+    config: Config | None = None,
+) -> None:
+    """x W^T as base partials, and for every row of every segment x D^T of its variant in delta.
+
+    Safe to capture: it allocates nothing, and what it launches depends on shapes and kinds alone. Rows in no segment
+    are not written in delta where there are signs; base columns from the weight's N on are 0.
+
+    Args:
+        planes: of x, for this target; None where no kind has signs.
+        out: what `partials_of` or `split_of` and `Config.base_dtype` say.
+        workspace: uint8, `wide.workspace_bytes`; used by low-rank parts only.
+        impl, config: for tests and measurements; impl replaces the configuration's.
+    """
+    config = config or choose(target, x_TK.shape[0], kinds, x_TK.device)
+    if impl:
+        config = replace(config, impl=impl, split=config.split if impl == "flat" else 1)
+    _check(x_TK, planes, weight_NK, target, kinds, out, config)
+    match config.impl:
+        case "flat":
+            _flat(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
+        case "signs" | "unpack":
+            _base(x_TK, weight_NK, out.base_STN[0])
+            if kinds.signs and config.impl == "signs":
+                _signs(planes, target, deltas, segments_G4, kinds, out, config)
+            elif kinds.signs:
+                _unpack(x_TK, target, deltas, segments_G4, kinds, out)
+    if has_deltas(kinds):
+        _others(x_TK, target, deltas, entry_T, segments_G4, kinds, out, workspace)
+
+
+def _others(
+    x_TK: torch.Tensor,
+    target: Target,
+    deltas: DeviceDeltas,
+    entry_T: torch.Tensor,
+    segments_G4: torch.Tensor,
+    kinds: Kinds,
+    out: Partials,
+    workspace: torch.Tensor,
+) -> None:
+    """Deltas that are no signs. They add, so somebody must have written before."""
+    assert out.delta_TN is not None
+    if not kinds.signs:
+        out.delta_TN.zero_()
+    if kinds.rank:
+        wide.low_rank(x_TK, target, deltas, segments_G4, kinds.rank, out.delta_TN, workspace)
+    if kinds.dense:
+        wide.dense(x_TK, target, deltas, segments_G4, out.delta_TN)
+    if kinds.rows:
+        wide.replace_rows(x_TK, target, deltas, segments_G4, out)
+
+
+def _base(x_TK: torch.Tensor, weight_NK: torch.Tensor, out_TN: torch.Tensor) -> None:
+    outputs = weight_NK.shape[0]
+    torch.mm(x_TK, weight_NK.T, out=out_TN[:, :outputs])
+    if out_TN.shape[1] > outputs:
+        out_TN[:, outputs:].zero_()
+
+
+def _flat(
+    x_TK: torch.Tensor,
+    planes: Planes | None,
+    weight_NK: torch.Tensor,
+    target: Target,
+    deltas: DeviceDeltas,
+    segments_G4: torch.Tensor,
+    kinds: Kinds,
+    out: Partials,
+    config: Config,
+) -> None:
+    rows, width = x_TK.shape[0], out.base_STN.shape[2]
+    base_programs, (blocks, first, second) = triton.cdiv(width, config.outputs) * config.split, (1, 0, 0)
+    if kinds.signs:
+        blocks, first, second = member_blocks(target, width, kinds, config)
+    words, scale, total, *strides = plane_arguments(planes if kinds.signs else None)
+    flat_kernel[(base_programs + (blocks * segments_G4.shape[0] if kinds.signs else 0),)](
+        x_TK, weight_NK, out.base_STN, *table_arguments(deltas, target), segments_G4, words, scale, total, *strides,
+        out.delta_TN, rows, target.outputs, width, base_programs, blocks, first, second,
+        K=target.inputs, SPLIT=config.split, BN=config.outputs, BK=config.inner, STAGES=config.stages,
+        BT=max(16, triton.next_power_of_2(rows)), **sign_constants(target, rows, kinds, config), **options(config),
+    )  # fmt: skip
+
+
+def _signs(
+    planes: Planes | None,
+    target: Target,
+    deltas: DeviceDeltas,
+    segments_G4: torch.Tensor,
+    kinds: Kinds,
+    out: Partials,
+    config: Config,
+) -> None:
+    assert out.delta_TN is not None
+    rows, width = out.delta_TN.shape
+    blocks, first, second = member_blocks(target, width, kinds, config)
+    sign_kernel[(blocks, segments_G4.shape[0])](
+        *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN, target.outputs, width,
+        first, second, **sign_constants(target, rows, kinds, config), **options(config),
+    )  # fmt: skip
+
+
+def _unpack(
+    x_TK: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, kinds: Kinds, out: Partials
+) -> None:
+    assert out.delta_TN is not None
+    width, config = out.delta_TN.shape[1], Config("unpack", tiles=4)
+    blocks, first, second = member_blocks(target, width, kinds, config)
+    unpack_kernel[(blocks, segments_G4.shape[0])](
+        x_TK, *table_arguments(deltas, target), segments_G4, out.delta_TN, target.outputs, width, first, second,
+        K=target.inputs, KB=target.tiles[1], TILES=config.tiles, ROWS=16, COLUMNS=kinds.columns,
+        MEMBERS=len(target.members) if kinds.columns else 1, MANY=kinds.planes > 1, num_warps=4,
+    )  # fmt: skip
+
+
+def member_blocks(target: Target, width: int, kinds: Kinds, config: Config) -> tuple[int, int, int]:
+    """How many blocks of tiles there are, and the first tiles of the second and third member.
+
+    Members matter only where they have column scales of their own.
+    """
+    last, block = triton.cdiv(width, 16), config.groups * config.tiles
+    starts = [start // 16 for start in target.members] if kinds.columns else [0]
+    assert len(starts) <= 3, f"{len(starts)} members, kernels take 3"
+    ends = [*starts[1:], last]
+    blocks = sum(triton.cdiv(end - start, block) for start, end in zip(starts, ends, strict=True))
+    first, second = ([*starts[1:], last, last])[:2]
+    return blocks, first, second
+
+
+def plane_arguments(planes: Planes | None) -> list[torch.Tensor | int | None]:
+    """WORDS, XSCALE, XSUM, words_stride, scale_stride"""
+    if planes is None:
+        return [None, None, None, 0, 0]
+    tensors = (planes.words_CTW, planes.scale_CT, planes.sum_CT)
+    return [*tensors, planes.words_CTW.stride(0), planes.scale_CT.stride(0)]
+
+
+def sign_constants(target: Target, rows: int, kinds: Kinds, config: Config) -> Mapping[str, int]:
+    return {
+        "KB": target.tiles[1],
+        "GROUPS": config.groups,
+        "TILES": config.tiles,
+        "WARPS": config.warps,
+        "MEMBERS": len(target.members) if kinds.columns else 1,
+        "COLUMNS": kinds.columns,
+        "MANY": kinds.planes > 1,
+        "LONGEST": 1 if rows == 1 else 4 if rows <= 4 else 8,
+        "PDL": config.pdl,
+    }
+
+
+def options(config: Config) -> Mapping[str, int]:
+    found = {"num_warps": config.warps}
+    if config.registers:
+        found["maxnreg"] = config.registers
+    if config.pdl:
+        found["launch_pdl"] = True
+    return found
+
+
+def _check(
+    x_TK: torch.Tensor,
+    planes: Planes | None,
+    weight_NK: torch.Tensor,
+    target: Target,
+    kinds: Kinds,
+    out: Partials,
+    config: Config,
+) -> None:
+    rows, base = x_TK.shape[0], out.base_STN
+    assert x_TK.is_contiguous()
+    assert weight_NK.is_contiguous()
+    assert weight_NK.shape == (target.outputs, target.inputs) == (target.outputs, x_TK.shape[1])
+    assert base.is_contiguous()
+    assert base.shape[:2] == (config.split, rows), f"base partials {list(base.shape)}, {config.split} of {rows} rows"
+    assert base.shape[2] >= target.outputs
+    assert base.dtype == config.base_dtype(x_TK.dtype), f"base partials of {base.dtype} for {config.impl}"
+    assert has_deltas(kinds) == (out.delta_TN is not None), "delta partials are there if and only if there are deltas"
+    if out.delta_TN is not None:
+        assert out.delta_TN.is_contiguous()
+        assert out.delta_TN.shape == base.shape[1:]
+    if kinds.signs and config.impl != "unpack":
+        assert planes is not None, "signs take planes of x"
+        assert planes.words_CTW.shape[0] >= kinds.sets(target)
+        assert planes.words_CTW.shape[1:] == (rows, target.tiles[1] * 128)
+        assert planes.words_CTW[0].is_contiguous()

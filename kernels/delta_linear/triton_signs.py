@@ -1,0 +1,307 @@
+"""Decode-sized products with sign planes on the binary tensor core (compute capability 8.0 to 9.x).
+
+`mma.m16n8k256 and.popc` multiplies 16 outputs x 256 signs, as they lie in memory (`kernels.fragments`), with 8 columns
+of 256 bits: bit planes of the rows' 16-bit fixed point (`kernels.device.Planes`). With signs as bits b and rows as
+q = sum_p 2^p plane_p - 2^16 plane_15, sum +-q = 2 sum_p weight_p popcount(b & plane_p) - sum q: exact in 32 bits.
+
+The 8 columns are R rows x 8 / R planes, so that 1, 4 and 8 rows of one variant cost 2, 8 and 16 instructions a tile,
+without waste. From 4 on, planes are taken from the highest down and the sums doubled in between (Horner), so that a few
+registers hold the rows' products and nothing is summed over lanes. About 8 rows of one variant cost as much time as
+reading its signs; more of them reuse the signs in registers.
+
+A program owns GROUPS x TILES tiles of 16 outputs and all of K, which its warps share out. The signs of one plane are
+all requested before anything waits for them.
+
+Not covered: chips whose `mma.b1` is emulated or gone (`triton_unpack`). `xor.popc`, which would save the identity
+above, is emulated everywhere from 9.0 on.
+"""
+
+# Triton's language is not Python's:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from kernels.delta_linear import triton_parts as parts
+from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
+
+_MMA = tl.constexpr(
+    "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
+    " {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$0,$1,$2,$3};\n"
+    "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
+    " {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$14,$15}, {$4,$5,$6,$7};"
+)
+_OPERANDS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 8 + [str(i) for i in range(8)]))
+
+
+@triton.jit
+def multiply(signs, planes, low, high):
+    """low += signs x the first two words of planes, high += signs x the last two; int32 [TILES, WARPS * 128], of which
+    a lane holds 4 words that follow each other. Never pure: the compiler may not move it out of a uniform flow."""
+    return tl.inline_asm_elementwise(
+        _MMA, _OPERANDS, [signs, planes, low, high], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
+    )
+
+
+@triton.jit
+def _load_signs(at, tile, tiles, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
+    """A tuple of int32 [TILES, WARPS * 128], one for each step along K. Tiles beyond the last repeat it."""
+    e = tl.arange(0, WARPS * 128)[None, :]
+    t = tl.minimum(tile + tl.arange(0, TILES), tiles - 1)[:, None].to(tl.int64)
+    signs = ()
+    for s in tl.static_range((KB + WARPS - 1) // WARPS):
+        words = at + t * (KB * 128) + (s * WARPS * 128 + e)
+        if (s + 1) * WARPS <= KB:
+            signs = signs + (tl.load(words, eviction_policy="evict_first"),)
+        else:
+            inside = (e < (KB - s * WARPS) * 128) & (t >= 0)
+            signs = signs + (tl.load(words, mask=inside, other=0, eviction_policy="evict_first"),)
+    return signs
+
+
+@triton.jit
+def _load_planes(WORDS, first, stop, p, KB: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
+    """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS, for all steps along K; rows beyond
+    the last repeat it."""
+    e = tl.arange(0, WARPS * 128)
+    column = e // 16 % 8
+    row = tl.minimum(first + column % ROWS, stop - 1)
+    words = WORDS + row * (KB * 128) + e // 128 * 128 + (column // ROWS * ROWS + p) * 16 + e % 16
+    planes = ()
+    for s in tl.static_range((KB + WARPS - 1) // WARPS):
+        if (s + 1) * WARPS <= KB:
+            planes = planes + (tl.load(words + s * WARPS * 128)[None, :],)
+        else:
+            inside = e < (KB - s * WARPS) * 128
+            planes = planes + (tl.load(words + s * WARPS * 128, mask=inside, other=0)[None, :],)
+    return planes
+
+
+@triton.jit
+def _sums(signs, WORDS, first, stop, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
+    """sum_k b[n, k] q[row, k]: int32 [ROWS, TILES * 16], of one group's tiles."""
+    WIDTH: tl.constexpr = WARPS * 128
+    low = tl.zeros((TILES, WIDTH), tl.int32)
+    high = tl.zeros((TILES, WIDTH), tl.int32)
+    e = tl.arange(0, WIDTH)[None, :]
+    column = e // 4 % 4 * 2 + e % 2
+    planes = _load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
+    for i in tl.static_range(ROWS):
+        # The next planes are on their way while these are multiplied.
+        ahead = planes
+        if i + 1 < ROWS:
+            ahead = _load_planes(WORDS, first, stop, ROWS - 2 - i, KB, WARPS, ROWS)
+        for s in tl.static_range((KB + WARPS - 1) // WARPS):
+            low, high = multiply(signs[s], tl.broadcast_to(planes[s], (TILES, WIDTH)), low, high)
+        if ROWS > 1:
+            if i == 0:
+                high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
+            if i + 1 < ROWS:
+                low, high = low + low, high + high
+        planes = ahead
+    weight = 1 << (column // ROWS * ROWS)
+    if ROWS == 1:
+        total = low * weight + high * tl.where(column == 7, -32768, weight * 256)
+    else:
+        total = (low + high * 256) * weight
+    return _gather(total, TILES, WARPS, ROWS)
+
+
+@triton.jit
+def _gather(total, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
+    """From an accumulator's fragments to [ROWS, TILES * 16]: sums over warps and over the planes of a row."""
+    if ROWS == 1:
+        lanes = tl.sum(tl.reshape(total, (TILES, WARPS, 8, 4, 2, 2)), 5)
+        rows = tl.permute(tl.sum(tl.sum(lanes, 3), 1), (0, 2, 1))  # TILES, half, g
+    elif ROWS == 4:
+        lanes = tl.sum(tl.reshape(total, (TILES, WARPS, 8, 2, 2, 2, 2)), 3)
+        rows = tl.permute(tl.sum(lanes, 1), (2, 4, 0, 3, 1))  # pair of rows, row of the pair, TILES, half, g
+    else:
+        lanes = tl.reshape(total, (TILES, WARPS, 8, 4, 2, 2))
+        rows = tl.permute(tl.sum(lanes, 1), (2, 4, 0, 3, 1))
+    return tl.reshape(rows, (ROWS, TILES * 16))
+
+
+@triton.jit
+def _store_rows(
+    sums, OUT, first, stop, n, outputs, limit, width, scale, XSCALE, XSUM, zero, plane,
+    MANY: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """OUT[row, n] = (2 sums - sum q) scale[row] scale[n]; planes after the first add to what is there.
+
+    Args:
+        n: output of each column of sums. outputs: how many the variant has; zeros follow, up to `limit`.
+        width: columns of OUT.
+        zero: of each output, for the first plane. MANY: whether a variant may have several planes.
+    """
+    row = first + tl.arange(0, ROWS)
+    there = tl.minimum(row, stop - 1)
+    x_scale = tl.load(XSCALE + there)
+    x_sum = tl.load(XSUM + there)
+    y = (2 * sums - x_sum[:, None]).to(tl.float32) * (x_scale[:, None] * scale[None, :])
+    at = OUT + row[:, None].to(tl.int64) * width + n[None, :]
+    inside = (row[:, None] < stop) & (n[None, :] < limit)
+    if MANY:
+        y += zero[None, :] * (x_sum.to(tl.float32) * x_scale)[:, None]
+        later = (row[:, None] < stop) & (n[None, :] < tl.where(plane > 0, limit, 0))
+        y += tl.load(at, mask=later, other=0.0)
+    tl.store(at, tl.where(n[None, :] < outputs, y, 0.0), mask=inside)
+
+
+@triton.jit
+def _product_rows(
+    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scales, zeros, plane,
+    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. first + ROWS (as far as there are any) of one plane."""
+    STEPS: tl.constexpr = (KB + WARPS - 1) // WARPS
+    for group in tl.static_range(GROUPS):
+        sums = _sums(
+            signs[group * STEPS : (group + 1) * STEPS], WORDS, first, stop, KB, TILES, WARPS, ROWS
+        )  # fmt: skip
+        n = (tile + group * TILES) * 16 + tl.arange(0, TILES * 16)
+        _store_rows(
+            sums, OUT, first, stop, n, outputs, limit, width, scales[group], XSCALE, XSUM, zeros[group], plane,
+            MANY, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def member_of(block, M1, M2, tiles, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
+    """(member, first tile, tile after the member's last) of a block of BLOCK tiles; none has tiles of two members.
+
+    Args:
+        M1, M2: first tiles of the second and third member, `tiles` where there are none. tiles: of all.
+    """
+    member, tile, stop = block * 0, block * BLOCK, tiles
+    if MEMBERS > 1:
+        first = (M1 + BLOCK - 1) // BLOCK
+        second = (M2 - M1 + BLOCK - 1) // BLOCK
+        member = (block >= first).to(tl.int32) + (block >= first + second).to(tl.int32)
+        start = tl.where(member == 0, 0, tl.where(member == 1, M1, M2))
+        skipped = tl.where(member == 0, 0, tl.where(member == 1, first, first + second))
+        tile = start + (block - skipped) * BLOCK
+        stop = tl.where(member == 0, M1, tl.where(member == 1, M2, tiles))
+    return member, tile, stop
+
+
+@triton.jit
+def sign_block(
+    SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, base_outputs,
+    width, M1, M2,
+    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
+    COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One block of outputs of one segment: OUT[row, n] of all its rows, zero where the variant has no signs.
+
+    Args:
+        base_outputs, width: N of the base; columns of OUT, N or more.
+        M1, M2: see `member_of`. MEMBERS: 1 where COLUMNS is not set.
+        LONGEST: most rows that a segment may have: 1, or more.
+    """
+    entry, start, stop = parts.segment(SEGMENTS, g)
+    if stop > start:
+        at = entry * table_stride
+        outputs = tl.load(TABLE + at + parts.OUTPUTS)
+        outputs = tl.where(outputs > 0, outputs, base_outputs)
+        planes = tl.where(parts.has(TABLE, at, SIGN), tl.load(TABLE + at + PLANES), 0)
+        tiles = (outputs + 15) // 16
+        last = (width + 15) // 16
+        member, tile, member_stop = member_of(block, M1, M2, last, MEMBERS, GROUPS * TILES)
+        # Where a member's last block goes beyond it, the next member's first block writes instead.
+        limit = tl.minimum(member_stop * 16, width)
+        if (planes > 0) & (tile < tiles):
+            if MANY:
+                for plane in range(planes):
+                    _plane(
+                        SLAB, TABLE, at, plane, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride,
+                        scale_stride, OUT, outputs, limit, width,
+                        KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
+                    )  # fmt: skip
+            else:
+                _plane(
+                    SLAB, TABLE, at, planes * 0, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride,
+                    scale_stride, OUT, outputs, limit, width,
+                    KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
+                )  # fmt: skip
+        else:
+            if PDL:
+                gdc_wait()
+            n = tile * 16 + tl.arange(0, GROUPS * TILES * 16)
+            for row in range(start, stop):
+                tl.store(OUT + row * width + n, tl.zeros_like(n).to(tl.float32), mask=n < limit)
+
+
+@triton.jit
+def _plane(
+    SLAB, TABLE, at, plane, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
+    outputs, limit, width,
+    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
+    COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    words = parts.part(SLAB, TABLE, at, SIGN, tl.int32) + plane * tiles * (KB * 128)
+    signs = ()
+    for group in tl.static_range(GROUPS):
+        signs = signs + _load_signs(words, tile + group * TILES, tiles, KB, TILES, WARPS)
+    scale = parts.part(SLAB, TABLE, at, SCALE, tl.float32) + plane * tiles * 16
+    scales = ()
+    zeros = ()
+    for group in tl.static_range(GROUPS):
+        n = (tile + group * TILES) * 16 + tl.arange(0, TILES * 16)
+        scales = scales + (tl.load(scale + n, mask=n < tiles * 16, other=0.0),)
+        if MANY:
+            first = tl.where((plane == 0) & parts.has(TABLE, at, ZERO), tiles * 16, 0)
+            zero = parts.part(SLAB, TABLE, at, ZERO, tl.float32)
+            zeros = zeros + (tl.load(zero + n, mask=n < first, other=0.0),)
+        else:
+            zeros = zeros + (n,)
+    if PDL:
+        gdc_wait()
+    if COLUMNS:
+        sets = tl.where(parts.has(TABLE, at, COL), plane * MEMBERS + member, 0)
+        WORDS += sets * words_stride
+        XSCALE += sets * scale_stride
+        XSUM += sets * scale_stride
+    if LONGEST == 1:
+        _product_rows(
+            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
+            KB, GROUPS, TILES, WARPS, MANY, 1,
+        )  # fmt: skip
+    elif stop - start == 1:
+        _product_rows(
+            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
+            KB, GROUPS, TILES, WARPS, MANY, 1,
+        )  # fmt: skip
+    elif (stop - start <= 4) | (LONGEST <= 4):
+        _product_rows(
+            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
+            KB, GROUPS, TILES, WARPS, MANY, 4,
+        )  # fmt: skip
+    else:
+        for first in range(start, stop, 8):
+            _product_rows(
+                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scales, zeros, plane,
+                KB, GROUPS, TILES, WARPS, MANY, 8,
+            )  # fmt: skip
+    if MANY:
+        tl.debug_barrier()  # the next plane adds to what this one wrote
+
+
+@triton.jit
+def sign_kernel(
+    SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, base_outputs, width,
+    M1, M2,
+    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
+    COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid [blocks, segments]."""
+    sign_block(
+        SLAB, TABLE, table_stride, SEGMENTS, tl.program_id(1), tl.program_id(0), WORDS, XSCALE, XSUM, words_stride,
+        scale_stride, OUT, base_outputs, width, M1, M2,
+        KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
+    )  # fmt: skip

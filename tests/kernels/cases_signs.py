@@ -1,0 +1,39 @@
+"""Launches of decode-sized linears with sign planes."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.delta_linear.choice import Config, rule
+from kernels.delta_linear.device import delta_linear, partials_of
+from kernels.device import Kinds, Planes, Target
+from tests.kernels.compile_harness import Case
+from tests.kernels.meta import entries, ints, meta, tables
+
+SIGNS = Kinds(signs=True)
+COLUMNS = Kinds(signs=True, columns=True, planes=2)
+QKV, DOWN = Target(1, 12288, 4096, (0, 4096, 8192)), Target(1, 4096, 11008)
+BMMA = {80: ("BMMA.168256.AND.POPC", "LDG.E.*128"), 90: ("BMMA.168256.AND.POPC", "LDG.E.*128")}
+FLAT = {80: (*BMMA[80], "HMMA.16816"), 90: (*BMMA[90], "HGMMA")}
+
+
+def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None) -> None:
+    config = config or rule(target, rows, kinds, (9, 0))
+    planes = Planes.empty(kinds.sets(target), rows, target.inputs, "meta") if kinds.signs else None
+    out = partials_of(target, rows, kinds, torch.bfloat16, "meta", config=config)
+    delta_linear(
+        meta(rows, target.inputs), planes, meta(target.outputs, target.inputs), target, tables(2), entries(rows),
+        ints(rows, 4), kinds, out, meta(0, dtype=torch.uint8), config=config,
+    )  # fmt: skip
+
+
+CASES = [
+    Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
+    Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT),
+    Case("linear flat 4096x11008 T64", lambda: linear(DOWN, 64, SIGNS), FLAT),
+    Case("linear flat 4096x11008 T64 columns", lambda: linear(DOWN, 64, COLUMNS), FLAT),
+    Case("linear base 12288x4096 T8", lambda: linear(QKV, 8, Kinds()), {80: ("HMMA.16816",), 90: ("HGMMA",)}),
+    Case("linear signs 12288x4096 T256 columns", lambda: linear(QKV, 256, COLUMNS), BMMA),
+    Case("linear signs 4096x11008 T128", lambda: linear(DOWN, 128, SIGNS), BMMA),
+    Case("linear unpack", lambda: linear(QKV, 16, COLUMNS, Config("unpack")), {80: ("HMMA",), 90: ("MMA",)}),
+]
