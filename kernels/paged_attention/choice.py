@@ -1,0 +1,153 @@
+"""Settings of the attention launches: measured ones where there are any, else a rule. Only their speed differs, and in
+`decode` the order of sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+
+import torch
+import triton
+
+from kernels import configs
+
+MOST_SPLITS = 64
+"""Of one context."""
+_SPLIT_ROWS = 1024
+"""Rows times splits, where rows are many: bounds the workspace."""
+_CONTEXT = 1024
+"""What the rule takes for a usual context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    multiprocessors: int
+    shared_bytes: int
+    """What one program may have"""
+    hopper: bool
+    """Has products of 64 rows that read shared memory"""
+
+    @classmethod
+    @lru_cache(maxsize=16)
+    def of(cls, device: torch.device) -> Chip:
+        if device.type != "cuda":
+            return cls(4, 160 * 1024, True)  # few enough that each of the interpreter's programs takes several units
+        found = torch.cuda.get_device_properties(device)
+        return cls(found.multi_processor_count, found.shared_memory_per_block_optin, found.major == 9)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    tile: int
+    """Tokens of one matrix product"""
+    chunk: int
+    """Tokens of one unit of work, until a context has `splits` of them; then units grow"""
+    splits: int
+    """Most units of one context and head"""
+    programs: int
+    """How many there are, whatever the contexts"""
+    warps: int
+    stages: int
+    """Triton's: one more than there are tiles in shared memory"""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    rows: int
+    """Of a tile: positions times heads of a group"""
+    tile: int
+    """Tokens"""
+    warps: int
+    stages: int
+
+
+def choose_decode(rows: int, kv_heads: int, group: int, head_dim: int, device: torch.device) -> DecodeConfig:
+    if device.type == "cuda":
+        key = decode_key(rows, kv_heads, group, head_dim)
+        if (found := configs.lookup("paged_attention", torch.cuda.get_device_name(device), key)) is not None:
+            return DecodeConfig(**found)
+    return decode_rule(rows, kv_heads, group, head_dim, Chip.of(device))
+
+
+def choose_prefill(max_query: int, group: int, head_dim: int, device: torch.device) -> PrefillConfig:
+    if device.type == "cuda":
+        key = prefill_key(max_query, group, head_dim)
+        if (found := configs.lookup("paged_attention", torch.cuda.get_device_name(device), key)) is not None:
+            return PrefillConfig(**found)
+    return prefill_rule(max_query, group, head_dim, Chip.of(device))
+
+
+def decode_key(rows: int, kv_heads: int, group: int, head_dim: int) -> str:
+    """What measured settings are filed under: heads, and rows up to a power of two."""
+    return f"decode {kv_heads}x{group}x{head_dim} {triton.next_power_of_2(rows)}"
+
+
+def prefill_key(max_query: int, group: int, head_dim: int) -> str:
+    """By heads, and whether a chunk fills a tile of 128 rows."""
+    return f"prefill {group}x{head_dim} {'long' if max_query * group > 64 else 'short'}"
+
+
+def decode_rule(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip) -> DecodeConfig:
+    """Tiles of 16 KiB of keys in 16 bits, two of them in shared memory, and as many programs as then fit.
+
+    Units of such a length that usual contexts occupy every program: at least a tile, at most 512 tokens, or 1024 for
+    wide groups, whose sums are more to write and to add up.
+    """
+    tile, warps, stages = min(128, 8192 // triton.next_power_of_2(head_dim)), 4, 3
+    programs = chip.multiprocessors * max(1, _resident(chip, tile, head_dim, stages))
+    chunk = triton.next_power_of_2(triton.cdiv(rows * kv_heads * _CONTEXT, programs))
+    longest = 512 if group <= 4 else 1024
+    return DecodeConfig(tile, min(max(chunk, tile), longest), splits_of(rows), programs, warps, stages)
+
+
+def decode_candidates(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip) -> list[DecodeConfig]:
+    """What a benchmark should try, the rule's choice first."""
+    rule, found = decode_rule(rows, kv_heads, group, head_dim, chip), []
+    tiles = (max(16, rule.tile // 2), rule.tile, rule.tile * 2)
+    chunks = (rule.chunk // 4, rule.chunk // 2, rule.chunk, rule.chunk * 2)
+    for tile, chunk, warps, stages in product(tiles, chunks, (2, 4, 8), (2, 3, 4)):
+        if (resident := _resident(chip, tile, head_dim, stages)) and chunk >= tile:
+            made = replace(rule, tile=tile, chunk=chunk, warps=warps, stages=stages)
+            found += [replace(made, programs=chip.multiprocessors * resident * turns) for turns in (1, 2, 4)]
+    return list(dict.fromkeys([rule, *found]))
+
+
+def prefill_rule(max_query: int, group: int, head_dim: int, chip: Chip) -> PrefillConfig:
+    """As large a tile as keeps its sums in registers: 128 rows, 64 where the chunks have no more or heads are wide."""
+    padded = triton.next_power_of_2(head_dim)
+    tile = 64 if chip.hopper and padded <= 128 else 32
+    rows = 64 if padded > 128 or max_query * group <= 64 else 128
+    stages = 3 if _prefill_bytes(rows, tile, padded, 3) <= chip.shared_bytes else 2
+    warps = 8 if padded > 128 or rows == 128 else 4
+    return PrefillConfig(max(rows, triton.next_power_of_2(group)), tile, warps, stages)
+
+
+def prefill_candidates(max_query: int, group: int, head_dim: int, chip: Chip) -> list[PrefillConfig]:
+    """What a benchmark should try, the rule's choice first."""
+    padded = triton.next_power_of_2(head_dim)
+    found = [
+        PrefillConfig(rows, tile, warps, stages)
+        for rows, tile, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+        if rows >= group and _prefill_bytes(rows, tile, padded, stages) <= chip.shared_bytes
+    ]
+    return list(dict.fromkeys([prefill_rule(max_query, group, head_dim, chip), *found]))
+
+
+def splits_of(rows: int) -> int:
+    return min(MOST_SPLITS, max(4, _SPLIT_ROWS // triton.next_power_of_2(rows)))
+
+
+def split_rows(rows: int) -> int:
+    """The most that so many rows, or fewer, times their splits can be."""
+    return max(r * splits_of(r) for r in range(1, rows + 1))
+
+
+def _resident(chip: Chip, tile: int, head_dim: int, stages: int) -> int:
+    """Programs of `decode` that fit on a multiprocessor, 8 KiB of each besides the tiles."""
+    needed = (stages - 1) * 4 * tile * triton.next_power_of_2(head_dim) + 8 * 1024
+    return min(chip.shared_bytes // needed, 8)
+
+
+def _prefill_bytes(rows: int, tile: int, padded_dim: int, stages: int) -> int:
+    return 2 * padded_dim * (rows + 2 * stages * tile)

@@ -1,0 +1,170 @@
+"""Attention over the paged cache on a GPU: `decode` for one row of each sequence, `prefill` for chunks of prompts.
+
+Cache of one layer: [blocks, 2, G, block_size, D], so that the keys of a block and head, and its values, are one piece.
+Scores are scaled by D^-1/2; softmax and sums are float32. What lies in cache slots beyond a context, in blocks that a
+sequence does not have, or in block tables beyond a context, is never read.
+"""
+
+# pyright: reportCallIssue=false (launch options)
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kernels.device import DeviceDeltas, Kinds, Planes, Target
+from kernels.paged_attention.choice import (
+    MOST_SPLITS,
+    DecodeConfig,
+    PrefillConfig,
+    choose_decode,
+    choose_prefill,
+    split_rows,
+)
+from kernels.paged_attention.triton_decode import decode_kernel
+from kernels.paged_attention.triton_prefill import prefill_kernel
+from kernels.planes import prepare_planes
+
+MAX_ROWS = 256
+"""Of a decode step, and most prompts of one prefill."""
+_UNBOUNDED = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Of `decode`, for all layers and sizes of graphs. Between launches only `arrived` holds something: zeros."""
+
+    partial: torch.Tensor
+    """float32 [rows * splits * H * D]"""
+    stats: torch.Tensor
+    """float32 [rows * splits * H * 2]"""
+    arrived: torch.Tensor
+    """int32 [rows * G]"""
+
+    @classmethod
+    def empty(cls, rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> Workspace:
+        """For steps of up to `rows` rows with default configurations."""
+        units = heads * split_rows(rows)
+        return cls(
+            torch.empty(units * head_dim, dtype=torch.float32, device=device),
+            torch.empty(units * 2, dtype=torch.float32, device=device),
+            torch.zeros(rows * kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+def workspace_bytes(rows: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    return 4 * (heads * split_rows(rows) * (head_dim + 2) + rows * kv_heads)
+
+
+def decode(
+    q_THD: torch.Tensor,
+    cache_B2GSD: torch.Tensor,
+    block_tables_SM: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    window: int | None,
+    out_TC: torch.Tensor,
+    planes: Planes | None,
+    target: Target | None,
+    deltas: DeviceDeltas,
+    entry_T: torch.Tensor,
+    kinds: Kinds,
+    workspace: Workspace,
+    *,
+    config: DecodeConfig | None = None,
+) -> None:
+    """Attention of row t to the first context_lens[t] tokens of sequence t, its own K and V among them.
+
+    Graph-safe. A row's result depends on the row and the configuration alone, to the bit.
+
+    Args:
+        context_lens_S: 0 for padding, which gives zeros.
+        window: how many tokens a row sees, itself included; None: all.
+        out_TC: compute dtype [T, H * D].
+        planes: of `out` for `target`, the next linear; None: it needs none.
+    """
+    rows, heads, dim = q_THD.shape
+    _, two, kv_heads, block_size, cache_dim = cache_B2GSD.shape
+    assert (two, cache_dim) == (2, dim), f"cache {tuple(cache_B2GSD.shape)} and queries of {dim}"
+    assert out_TC.shape == (rows, heads * dim)
+    assert context_lens_S.shape == (rows,), f"{rows} rows, {context_lens_S.shape[0]} contexts: one row of each sequence"
+    assert rows <= MAX_ROWS
+    _check_cache(cache_B2GSD, heads)
+    group = heads // kv_heads
+    config = config or choose_decode(rows, kv_heads, group, dim, q_THD.device)
+    assert config.splits <= MOST_SPLITS
+    assert config.chunk % config.tile == 0
+    assert rows * config.splits * heads * dim <= workspace.partial.numel(), "the workspace is for fewer rows or splits"
+    assert rows * kv_heads <= workspace.arrived.numel()
+    assert all(t.is_contiguous() for t in (q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC))
+    padded_group = triton.next_power_of_2(group)
+    decode_kernel[(min(config.programs, rows * kv_heads * config.splits),)](
+        q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, workspace.partial, workspace.stats,
+        workspace.arrived, rows, block_tables_SM.shape[1], window or _UNBOUNDED, config.chunk, config.splits,
+        _scale(dim), KV_HEADS=kv_heads, GROUP=group, GP=max(16, padded_group), D=dim,
+        DP=triton.next_power_of_2(dim), BLOCK=block_size, ROWS=_padded_rows(rows), TILE=config.tile, RP=padded_group,
+        SP=MOST_SPLITS, STEP=max(1, 8 // padded_group), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    assert (planes is None) == (target is None), "planes are for a target"
+    if planes is not None and target is not None:
+        prepare_planes(out_TC, planes, target, deltas, entry_T, kinds)
+
+
+def prefill(
+    q_THD: torch.Tensor,
+    cache_B2GSD: torch.Tensor,
+    query_starts_S1: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    block_tables_SM: torch.Tensor,
+    window: int | None,
+    out_TC: torch.Tensor,
+    max_query: int,
+    *,
+    config: PrefillConfig | None = None,
+) -> None:
+    """Causal attention of rows query_starts[s]:query_starts[s+1] to the context_lens[s] tokens of which they are the
+    last. K and V of all of them are in the cache.
+
+    Args:
+        window: how many tokens a row sees, itself included; None: all.
+        out_TC: compute dtype [T, H * D]. Rows of no sequence stay as they are.
+        max_query: at least the rows of every sequence.
+    """
+    rows, heads, dim = q_THD.shape
+    _, two, kv_heads, block_size, cache_dim = cache_B2GSD.shape
+    sequences = context_lens_S.shape[0]
+    assert (two, cache_dim) == (2, dim), f"cache {tuple(cache_B2GSD.shape)} and queries of {dim}"
+    assert out_TC.shape == (rows, heads * dim)
+    assert query_starts_S1.shape == (sequences + 1,)
+    assert sequences <= MAX_ROWS, f"{sequences} prompts at once, at most {MAX_ROWS}"
+    _check_cache(cache_B2GSD, heads)
+    group = heads // kv_heads
+    config = config or choose_prefill(max_query, group, dim, q_THD.device)
+    assert all(t.is_contiguous() for t in (q_THD, cache_B2GSD, query_starts_S1, block_tables_SM, out_TC))
+    positions = config.rows // group
+    assert positions > 0, f"tiles of {config.rows} rows for groups of {group}"
+    tiles = min(triton.cdiv(rows, positions) + sequences - 1, sequences * triton.cdiv(max_query, positions))
+    prefill_kernel[(kv_heads, tiles)](
+        q_THD, cache_B2GSD, block_tables_SM, query_starts_S1, context_lens_S, out_TC, sequences,
+        block_tables_SM.shape[1], window or _UNBOUNDED, _scale(dim), KV_HEADS=kv_heads, GROUP=group, D=dim,
+        DP=triton.next_power_of_2(dim), BLOCK=block_size, ROWS=_padded_rows(sequences), BM=config.rows,
+        BN=config.tile, WINDOWED=window is not None, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _padded_rows(rows: int) -> int:
+    """Few different ones: each is compiled."""
+    return 16 if rows <= 16 else 64 if rows <= 64 else MAX_ROWS
+
+
+def _scale(head_dim: int) -> float:
+    return head_dim**-0.5 * math.log2(math.e)
+
+
+def _check_cache(cache_B2GSD: torch.Tensor, heads: int) -> None:
+    _, _, kv_heads, block_size, dim = cache_B2GSD.shape
+    assert heads % kv_heads == 0, f"{heads} heads in {kv_heads} groups"
+    assert block_size in (8, 16, 32, 64, 128, 256), f"blocks of {block_size} tokens"
+    assert dim in range(16, 257, 8), f"heads of {dim}"
