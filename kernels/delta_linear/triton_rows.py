@@ -17,7 +17,7 @@ from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.triton_parts import ROW_INDEX, ROW_VALUE
 from kernels.device import DeviceDeltas, Partials, Target
 
-BLOCKS = 64
+BLOCKS = 32
 """Programs of one segment: few, as most variants replace few rows, and enough for those that replace many."""
 
 

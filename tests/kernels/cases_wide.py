@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from triton.runtime import driver
 
 from kernels.delta_linear import triton_dense, triton_low_rank, triton_merge, triton_product, triton_rows
 from kernels.device import Kinds, Partials, Target
@@ -29,6 +30,12 @@ def _product(target: Target, kinds: Kinds, config: triton_product.ProductConfig,
     triton_product.product(x, weight, target, tables(4), ints(2, 4), kinds, out, _space(), config=config)
 
 
+def _fused() -> None:
+    """The largest tile that the chip's registers hold."""
+    capability = int(driver.active.get_current_target().arch)
+    _product(QKV, SIGNS, triton_product.ProductConfig(256 if capability >= 90 else 128))
+
+
 def _low_rank(target: Target, rows: int, rank: int) -> None:
     x, delta = meta(rows, target.inputs), meta(rows, target.outputs, dtype=torch.float32)
     triton_low_rank.low_rank(x, target, tables(4), ints(rows, 4), rank, delta, _space())
@@ -50,15 +57,17 @@ def _rows() -> None:
     )
 
 
-LARGE = triton_product.ProductConfig(256)
-AMPERE = triton_product.ProductConfig(128)
 MIXED = triton_product.ProductConfig(128, stages=2)
 SIGNS = Kinds(signs=True)
 ASYNC = "LDGSTS.E.BYPASS.128"
 CASES = [
     Case("wide merge", lambda: _merge(QKV, SIGNS), {90: ("LDG.E.128", "STG.E.128")}),
     Case("wide merge, all", lambda: _merge(QKV, Kinds(True, True, 2, 64, True))),
-    Case("wide fused 128", lambda: _product(QKV, SIGNS, AMPERE), {80: ("HMMA.16816.F32.BF16", ASYNC)}),
+    Case(
+        "wide fused 256",
+        _fused,
+        {80: ("HMMA.16816.F32.BF16", ASYNC), 90: ("HGMMA.64x256x16.F32.BF16", "HADD2.BF16", ASYNC)},
+    ),
     Case("wide split 64", lambda: _product(QKV, SIGNS, triton_product.ProductConfig(64), False), {90: ("HGMMA",)}),
     Case("wide fused, all", lambda: _product(DOWN, Kinds(True, True, 2, 64, True), MIXED)),
     Case("wide low rank 16", lambda: _low_rank(QKV, 16, 16), {90: ("HMMA", ASYNC)}),

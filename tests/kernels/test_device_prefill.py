@@ -1,0 +1,123 @@
+"""Prefill of segments of many variants, every way through the linear, against float64."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from kernels.delta_linear import table_reference, triton_merge, wide
+from kernels.device import Target
+from tests.kernels.device_harness import DEVICE, DTYPES, ENTRIES, POISON, Spec, World, poisoned, world
+
+FUSED = Target(1, 80, 72, (0, 48, 64))
+SINGLE = Target(0, 40, 264)
+SPECS: list[Spec] = [*ENTRIES.values(), {"rank": 16, "members": (1,)}, {"quant": 2}]
+QUANT = len(SPECS)
+IMPLS = get_args(wide.Impl)
+COUNTS: dict[str, dict[int, int]] = {
+    "one": {1: 3},
+    "base": {0: 5},
+    "every entry": dict.fromkeys(range(QUANT + 1), 1),
+    "uneven": {0: 17, 2: 1, 4: 20},
+}
+"""Rows of each entry"""
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("impl", [*IMPLS, None])
+def test_mixes(impl: wide.Impl | None, counts: str) -> None:
+    check(world([SINGLE, FUSED], SPECS, torch.float16), FUSED, COUNTS[counts], impl)
+
+
+@pytest.mark.parametrize("impl", ["merge", "split", "fused"])
+@pytest.mark.parametrize("target", [SINGLE, Target(0, 17, 300), Target(1, 144, 8, (0, 16, 128))], ids=str)
+def test_sizes(target: Target, impl: wide.Impl) -> None:
+    w = world([SINGLE, target] if target.index else [target, FUSED], SPECS, DTYPES[0], seed=1)
+    check(w, target, {0: 1, 4: 3, 9: 2}, impl)
+
+
+@pytest.mark.parametrize("impl", ["split", "fused"])
+def test_signs_alone(impl: wide.Impl) -> None:
+    """The form in which signs are added two columns at a time, on a GPU."""
+    for dtype in DTYPES:
+        w = world([SINGLE], [{"signs": 1}, {}, {"signs": 1}], dtype, seed=2)
+        check(w, SINGLE, {0: 3, 1: 130, 2: 4, 3: 9}, impl)
+
+
+def test_a_segment_of_several_tiles() -> None:
+    w = world([SINGLE], [{"signs": 1}, {"signs": 1}], torch.float32, seed=3)
+    check(w, SINGLE, {0: 1, 1: wide.ROWS + 9, 2: 3}, "fused")
+
+
+def test_segments_in_any_order_of_entries() -> None:
+    w = world([SINGLE], [{"signs": 1}, {"dense": True}], torch.float32, seed=4)
+    for impl in IMPLS:
+        prefill(w, SINGLE, [(2, 0, 3), (0, 3, 5), (1, 5, 6), (2, 6, 9), (0, 9, 11)], impl)
+
+
+def test_follows_the_table() -> None:
+    """A slot's parts are those that its row names, wherever in the slab they lie."""
+    w = world([SINGLE, FUSED], SPECS, DTYPES[0], seed=5)
+    w.deltas.table_EJF[1] = w.deltas.table_EJF[6].clone()
+    for impl in IMPLS:
+        check(w, FUSED, {1: 2, 2: 1}, impl)
+
+
+def test_merge_in_slices_rounds_once() -> None:
+    dtype = DTYPES[1]
+    w = world([SINGLE, FUSED], SPECS, dtype, seed=6)
+    weight = (torch.randn(80, 72, device=DEVICE) * 0.05).to(dtype)
+    for entry in (0, 4, 9, QUANT):
+        exact = weight.double() + table_reference.matrix(w.deltas, FUSED, entry, dtype).double()
+        for first, last in ((0, 48), (64, 80)):
+            out = poisoned((last - first, 72), dtype)
+            triton_merge.merge(weight, FUSED, w.deltas, entry, w.kinds(), out, rows=(first, last))
+            slack = 4 * 2.0**-24 * (weight.abs().double() + 1)  # of the sums in float32
+            limit = UNIT_ROUNDOFF[dtype] * exact.abs() + slack
+            assert ((out - exact[first:last]).abs() <= limit[first:last]).all()
+
+
+def test_plan_keeps_neighbours_together() -> None:
+    many = wide.MERGE_ROWS
+    segments = [(0, 0, 900), (1, 900, 910), (2, 910, 910 + many), (3, 910 + many, 915 + many)]
+    first, second, third = wide.plan(segments)
+    assert (first.impl, first.rows, first.tiles) == ("split", slice(0, 910), slice(0, 5))
+    assert (second.impl, second.segments) == ("merge", (segments[2],))
+    assert (third.impl, third.tiles) == ("split", slice(7, 8))
+    assert len(wide.row_tiles(segments)) == 8
+    assert wide.row_tiles([(4, 10, 11 + 2 * wide.ROWS)])[-1] == [4, 10 + 2 * wide.ROWS, 11 + 2 * wide.ROWS, 0]
+    assert [run.impl for run in wide.plan(segments, "merge")] == ["merge"]
+
+
+def check(w: World, target: Target, counts: dict[int, int], impl: wide.Impl | None) -> None:
+    segments, at = [], 0
+    for entry, count in counts.items():
+        segments.append((entry, at, at := at + count))
+    prefill(w, target, segments, impl)
+
+
+def prefill(w: World, target: Target, segments: list[tuple[int, int, int]], impl: wide.Impl | None) -> None:
+    rows, kinds = segments[-1][2], w.kinds()
+    x = torch.randn(rows, target.inputs, device=DEVICE).to(w.dtype)
+    weight = (torch.randn(target.outputs, target.inputs, device=DEVICE) * 0.05).to(w.dtype)
+    out = poisoned((rows, target.outputs), w.dtype)
+    space = wide.workspace_bytes(target, rows, kinds, w.dtype)
+    workspace = torch.full((space,), POISON, dtype=torch.uint8, device=DEVICE)
+    tiles = torch.tensor(wide.row_tiles(segments), dtype=torch.int32, device=DEVICE)
+    wide.prefill_linear(x, weight, target, w.deltas, tiles, segments, kinds, out, workspace, impl=impl)
+    for entry, start, stop in segments:
+        d = table_reference.matrix(w.deltas, target, entry, w.dtype).double()
+        want = x[start:stop].double() @ (weight.double() + d).T
+        error = (out[start:stop] - want).abs()
+        assert (error <= bound(x[start:stop], weight, d, want, w.dtype)).all(), f"entry {entry}: {error.max()}"
+
+
+def bound(
+    x: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, want: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Whatever the way: an output is rounded twice; a weight, a scale, D or x A^T once each."""
+    rounded = x.abs().double() @ (weight.abs().double() + 3 * d.abs()).T
+    return UNIT_ROUNDOFF[dtype] * (3 * want.abs() + 1.1 * rounded) + 1e-5
