@@ -10,6 +10,7 @@ import torch
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.format import DeltaReader, open_delta
+from bitdelta_core.engine.accelerator import accelerator_of
 from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.config import EngineConfig, plan_memory
 from bitdelta_core.engine.core import EngineCore
@@ -88,6 +89,7 @@ def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None])
             Slab(memory.slab_bytes, memory.device),
             base.open,
             wake,
+            accelerator=accelerator_of(memory.device),
             fetch_threads=config.fetch_threads,
             load_threads=config.load_threads,
             host_cache_bytes=config.host_cache_bytes,

@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import heapq
 import queue
-import threading
 import time
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -29,15 +27,14 @@ from typing import Any, Protocol
 
 import torch
 
-from bitdelta_core.engine.passing import run_in_passing_thread
+from bitdelta_core.engine.accelerator import Accelerator
+from bitdelta_core.engine.host_buffers import HostBuffer, HostBuffers
+from bitdelta_core.engine.host_cache import HostCache
+from bitdelta_core.engine.loader_pool import LoaderPool
 from bitdelta_core.engine.slab import Slab
 from bitdelta_core.engine.sources import as_delta_error
 from bitdelta_core.engine.variants import Variant
 from bitdelta_core.errors import BitDeltaError
-from bitdelta_core.models.variant import VariantWeights
-
-CLOSE_S = 0.5
-"""How long closing waits for loader threads; one whose source never answers is left behind."""
 
 
 class State(StrEnum):
@@ -62,8 +59,8 @@ class OpenedDelta(Protocol):
         """Write the extent's bytes into a uint8 host buffer of `nbytes`."""
         ...
 
-    def view(self, extent: torch.Tensor) -> VariantWeights:
-        """The compute form over an extent that holds those bytes."""
+    def view(self, extent: torch.Tensor) -> Any:
+        """The compute form over an extent that holds those bytes: what the runner wants of it."""
         ...
 
 
@@ -77,8 +74,8 @@ class Resident:
     """Arrivals of the requests that want it and have no pin yet, oldest first."""
     opened: OpenedDelta | None = None
     variant: Variant | None = None
-    host: torch.Tensor | None = None
-    weights: VariantWeights | None = None
+    host: HostBuffer | None = None
+    weights: Any = None
     slot: int = -1
     error: BitDeltaError | None = None
     retry_at: float = 0.0
@@ -86,30 +83,16 @@ class Resident:
     """How long each stage took, by the state's name."""
 
 
-class LoaderPool:
-    """Daemon threads: a source that never returns keeps nobody from exiting."""
+class Tables(Protocol):
+    """Where a device finds what is in which slot. Written between steps, in their order."""
 
-    def __init__(self, name: str, threads: int) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
+    def publish(self, slot: int, weights: Any, extent_start: int) -> None:
+        """Steps launched from now on find the variant's bytes, which are there, at `extent_start` of the slab."""
+        ...
 
-    def submit(self, job: Callable[[], None]) -> None:
-        self._jobs.put(job)
-
-    def close(self) -> None:
-        """Idle threads have ended afterwards: one still on its way out when the interpreter ends aborts the process."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        deadline = time.monotonic() + CLOSE_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _work(self) -> None:
-        """Each job in a thread of its own: see `run_in_passing_thread`."""
-        while (job := self._jobs.get()) is not None:
-            run_in_passing_thread(job)
+    def clear(self, slot: int) -> None:
+        """The slot's extent goes to another. No launched step reads it."""
+        ...
 
 
 class Residency:
@@ -121,6 +104,8 @@ class Residency:
         open_delta: Callable[[str], OpenedDelta],
         wake: Callable[[], None],
         *,
+        accelerator: Accelerator,
+        tables: Tables | None = None,
         fetch_threads: int,
         load_threads: int,
         host_cache_bytes: int,
@@ -131,13 +116,15 @@ class Residency:
         self._open = open_delta
         self._wake = wake
         self._retry_s = retry_s
-        self._host_buffers = load_threads
+        self._accelerator = accelerator
+        self._tables = tables
+        self._max_hosts = load_threads
+        self._hosts = HostBuffers(accelerator, keep=load_threads)
         self._fetchers = LoaderPool("delta-fetch", fetch_threads)
         self._loaders = LoaderPool("delta-load", load_threads)
         self._done: queue.SimpleQueue[tuple[Resident, Any, float]] = queue.SimpleQueue()
         self._entries: dict[str, Resident] = {}
-        self._host_cache: OrderedDict[str, tuple[OpenedDelta, torch.Tensor]] = OrderedDict()
-        self._host_cache_bytes = host_cache_bytes
+        self._host_cache = HostCache(self._hosts, host_cache_bytes)
         self._free_slots: list[int] = []
         self._slots = 0
         self._blocked_since: float | None = None
@@ -218,7 +205,7 @@ class Residency:
                 self._drop(entry)
         self._stage_in_order()
         busy = sum(e.state in (State.LOADING, State.IN_HOST, State.STAGING) for e in self._entries.values())
-        for entry in self._line(State.ON_DISK)[: max(0, self._host_buffers - busy)]:
+        for entry in self._line(State.ON_DISK)[: max(0, self._max_hosts - busy)]:
             assert entry.opened is not None
             self._start(entry, State.LOADING, self._loaders, partial(self._fill, entry.opened))
 
@@ -237,7 +224,7 @@ class Residency:
         return sorted(there, key=lambda e: e.waiters[0] if e.waiters else float("inf"))
 
     def _begin(self, entry: Resident) -> None:
-        kept = self._host_cache.pop(entry.delta, None)
+        kept = self._host_cache.pop(entry.delta)
         if kept is not None:
             entry.opened, entry.host = kept
             entry.state = State.IN_HOST
@@ -273,6 +260,8 @@ class Residency:
             assert entry.state is State.STAGING
             assert entry.opened is not None
             entry.weights, entry.variant, entry.state = outcome, entry.opened.variant, State.READY
+            if self._tables is not None:
+                self._tables.publish(entry.slot, entry.weights, self.slab.start(entry.delta))
             self.slab.unpin(entry.delta)
             self.loads += 1
             self._keep_host(entry)
@@ -283,15 +272,25 @@ class Residency:
             self.slab.unpin(entry.delta)
             self.slab.remove(entry.delta)
             heapq.heappush(self._free_slots, entry.slot)
-        entry.slot, entry.opened, entry.host = -1, None, None
+        self._release_host(entry)
+        entry.slot, entry.opened = -1, None
         entry.state, entry.error = State.FAILED, told
         entry.retry_at = time.monotonic() + (told.retry_after_s or self._retry_s)
         self.failures += 1
 
-    def _fill(self, opened: OpenedDelta) -> torch.Tensor:
-        host = torch.empty(opened.nbytes, dtype=torch.uint8, pin_memory=self.slab.buffer.is_cuda)
-        opened.fill(host)
+    def _fill(self, opened: OpenedDelta) -> HostBuffer:
+        host = self._hosts.take(opened.nbytes)
+        try:
+            opened.fill(host.bytes_)
+        except BaseException:
+            self._hosts.give_back(host)
+            raise
         return host
+
+    def _stage(self, opened: OpenedDelta, host: HostBuffer, extent: torch.Tensor) -> Any:
+        """Copy into the slab and wait until it has happened. Nothing launched reads the extent: who did is unpinned."""
+        self._accelerator.fill(extent[: opened.nbytes], host.bytes_)
+        return opened.view(extent[: opened.nbytes])
 
     def _stage_in_order(self) -> None:
         for entry in self._line(State.IN_HOST):
@@ -306,7 +305,7 @@ class Residency:
             self.evictions += len(plan.evict)
             entry.slot = heapq.heappop(self._free_slots) if self._free_slots else self._new_slot()
             assert entry.host is not None
-            self._start(entry, State.STAGING, self._loaders, partial(_stage, entry.opened, entry.host, extent))
+            self._start(entry, State.STAGING, self._loaders, partial(self._stage, entry.opened, entry.host, extent))
         self._blocked_since = None
 
     def _new_slot(self) -> int:
@@ -315,22 +314,28 @@ class Residency:
 
     def _forget(self, entry: Resident) -> None:
         """The slab has taken the extent back."""
+        if self._tables is not None:
+            self._tables.clear(entry.slot)
         heapq.heappush(self._free_slots, entry.slot)
         entry.slot, entry.weights, entry.variant = -1, None, None
         self._drop(entry)
 
     def _drop(self, entry: Resident) -> None:
-        entry.state, entry.opened, entry.host = State.ABSENT, None, None
+        self._release_host(entry)
+        entry.state, entry.opened = State.ABSENT, None
         if not entry.waiters:
             del self._entries[entry.delta]
+
+    def _release_host(self, entry: Resident) -> None:
+        if entry.host is not None:
+            self._hosts.give_back(entry.host)
+        entry.host = None
 
     def _keep_host(self, entry: Resident) -> None:
         opened, host, entry.opened, entry.host = entry.opened, entry.host, None, None
         assert opened is not None
         assert host is not None
-        self._host_cache[entry.delta] = (opened, host)
-        while sum(kept.numel() for _, kept in self._host_cache.values()) > self._host_cache_bytes:
-            self._host_cache.popitem(last=False)
+        self._host_cache.put(entry.delta, opened, host)
 
     def check_integrity(self) -> None:
         """Assert that states, slab, slots and host memory tell the same story."""
@@ -344,18 +349,5 @@ class Residency:
         assert all((e.weights is not None) == (e.state is State.READY) for e in entries)
         assert all((e.error is not None) == (e.state is State.FAILED) for e in entries)
         assert all((e.host is not None) == (e.state in (State.IN_HOST, State.STAGING)) for e in entries)
-        assert sum(host.numel() for _, host in self._host_cache.values()) <= self._host_cache_bytes
-
-
-def _stage(opened: OpenedDelta, host: torch.Tensor, extent: torch.Tensor) -> VariantWeights:
-    """Copy into the slab and wait until it has happened."""
-    extent = extent[: opened.nbytes]
-    if not extent.is_cuda:
-        extent.copy_(host)
-        return opened.view(extent)
-    stream = torch.cuda.Stream(extent.device)
-    stream.wait_stream(torch.cuda.default_stream(extent.device))  # a step may still read what was evicted from here
-    with torch.cuda.stream(stream):
-        extent.copy_(host, non_blocking=True)
-    stream.synchronize()
-    return opened.view(extent)
+        self._host_cache.check_integrity()
+        self._hosts.check_integrity()

@@ -153,7 +153,7 @@ class Scheduler:
         granted = self.blocks.commit([work.claim for work in plan.work], released)
         for work, blocks in zip(plan.work, granted, strict=True):
             self._begin(work)
-            work.seq.table += blocks
+            work.seq.table.extend(blocks)
             work.seq.computed = work.stop
             work.seq.unseen += work.samples
             work.seq.prompt_done = work.seq.prompt_done or work.stop >= work.seq.prompt_len

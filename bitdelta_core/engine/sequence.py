@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from bitdelta_core.engine.api import GenerationRequest
@@ -31,7 +32,8 @@ class Sequence:
     synchronous: bool = False
     """Its next row needs the host to know all of its tokens."""
 
-    table: list[int] = field(default_factory=list)
+    table: array[int] = field(default_factory=lambda: array("i"))
+    """Its blocks, in order. Read by numpy without a copy."""
     computed: int = 0
     """Tokens whose K and V stand in the blocks of `table`, once all launched steps have run."""
     chain: list[bytes] = field(default_factory=list)
@@ -83,9 +85,9 @@ class Sequence:
         self.unseen -= 1
         self.tokens.append(token)
 
-    def forget_blocks(self) -> list[int]:
+    def forget_blocks(self) -> array[int]:
         """Back to nothing computed. Returns the blocks to release."""
-        table, self.table = self.table, []
+        table, self.table = self.table, array("i")
         self.computed = 0
         self.chain = []
         return table

@@ -4,6 +4,7 @@ An extent is a run of bytes that belongs to one key. Extents start at multiples 
 use and stays; the others are kept while there is room and go least recently used first. Extents never move: kernels and
 views hold their addresses. So free bytes may be scattered; `plan` then evicts, in least-recently-used order, until a
 hole is large enough, and gives back None while pinned extents leave no such hole (they go when their sequences end).
+There may be a limit to the number of extents too: device tables have so many entries and no more.
 
 `plan` is pure; `commit` cannot fail.
 """
@@ -46,11 +47,15 @@ def align(nbytes: int) -> int:
 
 
 class Slab:
-    """`nbytes` of device memory, rounded down to the alignment."""
+    """`nbytes` of device memory, rounded down to the alignment, behind `reserved` bytes that are nobody's extent."""
 
-    def __init__(self, nbytes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, nbytes: int, device: torch.device | str = "cpu", *, reserved: int = 0, max_extents: int | None = None
+    ) -> None:
         self.nbytes = nbytes // ALIGNMENT * ALIGNMENT
-        self.buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        self.reserved = align(reserved)
+        self.max_extents = max_extents
+        self.buffer = torch.empty(self.reserved + self.nbytes, dtype=torch.uint8, device=device)
         self._extents: OrderedDict[str, Extent] = OrderedDict()
         self._pins: dict[str, int] = {}
 
@@ -72,6 +77,10 @@ class Slab:
 
     def pins(self, key: str) -> int:
         return self._pins[key]
+
+    def start(self, key: str) -> int:
+        """Where the extent begins in the buffer, in bytes."""
+        return self._extents[key].start
 
     def view(self, key: str) -> torch.Tensor:
         """uint8 [extent bytes], a view."""
@@ -95,12 +104,14 @@ class Slab:
         self.check_fits(key, nbytes)
         need = align(max(nbytes, 1))
         kept = dict(self._extents)
-        for victim in ("", *(k for k in self._extents if not self._pins[k])):
+        for victim in ("", *self._unpinned()):
             kept.pop(victim, None)
-            start = _first_fit(sorted(kept.values(), key=lambda e: e.start), need, self.nbytes)
+            start = self._first_fit(sorted(kept.values(), key=lambda e: e.start), need)
             if start is not None:
                 extent = Extent(start, start + need)
-                return SlabPlan(key, extent, tuple(k for k, e in self._extents.items() if _overlap(e, extent)))
+                overlapped = [k for k, e in self._extents.items() if _overlap(e, extent)]
+                evict = self._within_limit(overlapped)
+                return None if evict is None else SlabPlan(key, extent, evict)
         return None
 
     def commit(self, plan: SlabPlan) -> torch.Tensor:
@@ -124,26 +135,36 @@ class Slab:
         assert self._pins[key] == 0, f"{key} is in use"
         del self._extents[key], self._pins[key]
 
+    def _unpinned(self) -> list[str]:
+        """Least recently used first."""
+        return [key for key in self._extents if not self._pins[key]]
+
+    def _first_fit(self, extents: list[Extent], need: int) -> int | None:
+        at = self.reserved
+        for extent in extents:
+            if extent.start - at >= need:
+                return at
+            at = extent.stop
+        return at if self.buffer.numel() - at >= need else None
+
+    def _within_limit(self, evict: list[str]) -> tuple[str, ...] | None:
+        """`evict`, and whoever else has to go for one more extent to be allowed; None while pins forbid it."""
+        others = [key for key in self._unpinned() if key not in evict]
+        surplus = 0 if self.max_extents is None else len(self._extents) - len(evict) + 1 - self.max_extents
+        return None if surplus > len(others) else (*evict, *others[: max(0, surplus)])
+
     def check_integrity(self) -> None:
         """Assert that extents are aligned, inside the buffer and disjoint, and that pins belong to extents."""
-        at = 0
+        at = self.reserved
         for extent in sorted(self._extents.values(), key=lambda e: e.start):
             assert extent.start >= at, "extents overlap"
             assert extent.start % ALIGNMENT == 0 == extent.stop % ALIGNMENT, "extent is not aligned"
             assert extent.stop > extent.start, "extent is empty"
             at = extent.stop
-        assert at <= self.nbytes, "extent beyond the slab"
+        assert at <= self.buffer.numel(), "extent beyond the slab"
+        assert self.max_extents is None or len(self._extents) <= self.max_extents, "more extents than allowed"
         assert self._pins.keys() == self._extents.keys(), "pins without extent"
         assert all(pins >= 0 for pins in self._pins.values()), "negative pins"
-
-
-def _first_fit(extents: list[Extent], need: int, total: int) -> int | None:
-    at = 0
-    for extent in extents:
-        if extent.start - at >= need:
-            return at
-        at = extent.stop
-    return at if total - at >= need else None
 
 
 def _overlap(a: Extent, b: Extent) -> bool:

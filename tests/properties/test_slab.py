@@ -11,12 +11,21 @@ from bitdelta_core.engine.slab import ALIGNMENT, Slab, align
 from bitdelta_core.errors import DeltaTooLarge
 
 KEYS = [f"delta-{i}" for i in range(8)]
+RESERVED = 99
 
 
 class Slabs(RuleBasedStateMachine):
-    @initialize(units=st.integers(1, 10), rest=st.integers(0, ALIGNMENT - 1))
-    def start(self, units: int, rest: int) -> None:
-        self.slab = Slab(units * ALIGNMENT + rest)
+    @initialize(
+        units=st.integers(1, 10),
+        rest=st.integers(0, ALIGNMENT - 1),
+        reserved=st.sampled_from([0, 0, 1, 300]),
+        limit=st.sampled_from([None, None, 1, 2, 4]),
+    )
+    def start(self, units: int, rest: int, reserved: int, limit: int | None) -> None:
+        self.slab = Slab(units * ALIGNMENT + rest, reserved=reserved, max_extents=limit)
+        self.slab.buffer[:reserved] = RESERVED
+        self.reserved = reserved
+        self.limit = limit
         self.pins = dict.fromkeys(KEYS, 0)
         self.used: list[str] = []
 
@@ -38,6 +47,7 @@ class Slabs(RuleBasedStateMachine):
         if plan is None:
             assert any(self.pins.values()), "refused although nothing is pinned"
             return
+        assert self.limit is None or len(self.used) - len(plan.evict) < self.limit
         assert all(not self.pins[victim] for victim in plan.evict), "a pinned extent would be evicted"
         if plan.evict:
             last = max(self.unpinned().index(victim) for victim in plan.evict)
@@ -77,12 +87,27 @@ class Slabs(RuleBasedStateMachine):
         self.slab.check_integrity()
         assert list(self.slab.keys) == self.used, "not least recently used first"
         assert list(self.slab.pinned) == [k for k in self.used if self.pins[k]]
+        assert (self.slab.buffer[: self.reserved] == RESERVED).all(), "reserved bytes were overwritten"
         for key in self.used:
             assert (self.slab.view(key) == KEYS.index(key)).all(), "an extent was overwritten"
 
 
 TestSlab = Slabs.TestCase
 TestSlab.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_limit_of_extents_evicts_beside_the_hole() -> None:
+    slab = Slab(4 * ALIGNMENT, max_extents=2)
+    for key in ("a", "b"):
+        plan = slab.plan(key, ALIGNMENT)
+        assert plan is not None
+        slab.commit(plan)
+    assert slab.plan("c", ALIGNMENT) is None, "both are pinned"
+    slab.unpin("b")
+    plan = slab.plan("c", ALIGNMENT)
+    assert plan is not None
+    assert plan.evict == ("b",)
+    assert plan.extent.start == 2 * ALIGNMENT
 
 
 def test_evicts_least_recently_used_until_a_hole_fits() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitdelta_core.engine.accelerator import Accelerator, Plain
 from bitdelta_core.engine.api import GenerationRequest, SamplingParams, TokenEvent
 from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.core import EngineCore, Job
@@ -215,6 +216,7 @@ class World:
         host_cache_bytes: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         depth: int | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         runner = (TorchRunner, LateRunner)[DEPTH if depth is None else depth]
         self.source = FakeSource(delta_bytes)
@@ -234,6 +236,7 @@ class World:
                 Slab(slab_bytes),
                 self.source.open,
                 self.woken.set,
+                accelerator=accelerator or Plain(torch.device("cpu")),
                 fetch_threads=4,
                 load_threads=2,
                 host_cache_bytes=host_cache_bytes,

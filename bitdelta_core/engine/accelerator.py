@@ -1,0 +1,167 @@
+"""What the engine asks of a device beside kernels: pinned memory, copies from beside, a stream, graphs, events.
+
+`Plain` is a CPU: everything happens at once, and to capture a function is to keep it. So all that the engine builds on
+this runs, and is tested, where there is no GPU. What only a GPU can show is in `Cuda`, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
+Launch = Callable[[], None]
+PIECE = 8 * 2**20
+"""Bytes of one copy to the slab. Two are under way at most: what a step copies waits 0.4 ms behind them at 40 GB/s."""
+WARM_UPS = 2
+"""Runs before a capture: kernels are compiled and loaded, libraries take their workspaces."""
+
+
+class Mark(Protocol):
+    """A point in the order of what the steps launch."""
+
+    def reached(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+
+class Accelerator(Protocol):
+    """One device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def keeps_host_buffers(self) -> bool:
+        """Whether host buffers are too slow to make anew for each use."""
+        ...
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]: copies between it and the device need not be waited for."""
+        ...
+
+    def fill(self, extent: torch.Tensor, host: torch.Tensor) -> None:
+        """Copy into the slab, beside running steps. The bytes are there when it returns. Called from any thread."""
+        ...
+
+    def in_steps(self) -> AbstractContextManager[object]:
+        """Inside, what is launched runs in the order of the steps."""
+        ...
+
+    def mark(self) -> Mark:
+        """Reached when all that has been launched `in_steps` has run."""
+        ...
+
+    def capture(self, launch: Launch) -> Launch:
+        """A cheaper way to launch the same again: it reads and writes the same memory, whatever is there then."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Of the device's memory."""
+        ...
+
+
+class Plain:
+    """A CPU."""
+
+    keeps_host_buffers = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def fill(self, extent: torch.Tensor, host: torch.Tensor) -> None:
+        extent.copy_(host)
+
+    def in_steps(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def mark(self) -> Mark:
+        return _Reached()
+
+    def capture(self, launch: Launch) -> Launch:
+        return launch
+
+    def free_bytes(self) -> int:
+        return 0
+
+
+class _Reached:
+    def reached(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class Cuda:
+    """A GPU. One stream for all steps and captures, one of lower priority for copies to the slab, one memory pool for
+    all graphs."""
+
+    keeps_host_buffers = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self._steps = torch.cuda.Stream(self.device, priority=-1)
+        self._copies = torch.cuda.Stream(self.device, priority=0)
+        self._copying = threading.Lock()
+        with torch.cuda.device(self.device):
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def fill(self, extent: torch.Tensor, host: torch.Tensor) -> None:
+        """One delta at a time, in pieces; the next piece is queued when the last but one has arrived."""
+        before: torch.cuda.Event | None = None
+        with self._copying, torch.cuda.stream(self._copies):
+            for to, piece in zip(extent.split(PIECE), host.split(PIECE), strict=True):
+                to.copy_(piece, non_blocking=True)
+                copied = torch.cuda.Event(blocking=True)
+                copied.record(self._copies)
+                if before is not None:
+                    before.synchronize()
+                before = copied
+            if before is not None:
+                before.synchronize()
+
+    def in_steps(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._steps)
+
+    def mark(self) -> Mark:
+        return _Event(self._steps)
+
+    def capture(self, launch: Launch) -> Launch:
+        with self.in_steps():
+            for _ in range(WARM_UPS):
+                launch()
+        self._steps.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: loader threads go on copying and allocating meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._steps, capture_error_mode="thread_local"):
+            launch()
+        return graph.replay
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+class _Event:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    def reached(self) -> bool:
+        return self._event.query()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+def accelerator_of(device: torch.device) -> Accelerator:
+    return Cuda(device) if device.type == "cuda" else Plain(device)
