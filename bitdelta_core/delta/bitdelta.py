@@ -58,16 +58,16 @@ def _encode_plane(residual: torch.Tensor, layout: ScaleLayout) -> Parts:
         case "tensor":
             plane["scale"] = magnitude.mean()
         case "row":
-            plane["scale"], plane["row"] = _normalised(magnitude.mean(1))
+            plane["scale"], plane["row"] = normalised(magnitude.mean(1))
         case "row_col":
             row, col = _rank1(magnitude)
-            row_mean, plane["row"] = _normalised(row)
-            col_mean, plane["col"] = _normalised(col)
+            row_mean, plane["row"] = normalised(row)
+            col_mean, plane["col"] = normalised(col)
             plane["scale"] = row_mean * col_mean
     return plane
 
 
-def _normalised(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, fp16 factors of mean 1), so that halves keep their precision whatever the size of the difference."""
     mean = scale.mean()
     return mean, (scale / mean.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(65504).to(torch.float16)

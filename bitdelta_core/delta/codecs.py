@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from bitdelta_core.delta import bitdelta, dense, lora, quant, rows
+from bitdelta_core.delta import bitdelta, deltadq, dense, lora, quant, rows
 from bitdelta_core.delta.format import DeltaReader, base_name
 from bitdelta_core.delta.spec import TensorEntry
 
@@ -31,13 +31,15 @@ def encode(entry: TensorEntry, base: torch.Tensor, fine: torch.Tensor) -> tuple[
             return rows.encode(base, fine, entry)
         case "quant":
             return quant.encode(base, fine, entry)
+        case "deltadq":
+            return deltadq.encode(base, fine, entry)
         case "lora":
             raise AssertionError("an adapter's factors are taken as they are")
 
 
 def decode_parts(entry: TensorEntry, parts: Mapping[str, torch.Tensor], base: torch.Tensor) -> torch.Tensor:
     """The fine-tune's tensor, fp32: what every codec means, exactly."""
-    modules = {"bitdelta": bitdelta, "dense": dense, "lora": lora, "quant": quant, "rows": rows}
+    modules = {"bitdelta": bitdelta, "deltadq": deltadq, "dense": dense, "lora": lora, "quant": quant, "rows": rows}
     return modules[entry.codec].decode(entry, parts, base)
 
 

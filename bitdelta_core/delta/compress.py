@@ -13,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta import lora
+from bitdelta_core.delta import dropout, lora
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.delta.distill import DistillOptions, distil, prepare, tokenise
+from bitdelta_core.delta.pairing import Pairing
 from bitdelta_core.delta.planning import CompressOptions, Source, plan_adapter, plan_finetune
 from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter
 from bitdelta_core.errors import InvalidRequest
@@ -52,7 +53,7 @@ def compress(
             range or does not apply to an adapter.
     """
     base = Checkpoint(base_path)
-    source = plan(base, finetune_path, options)
+    source = plan(base, finetune_path, _with_group(base, finetune_path, options))
     text = _calibration(source, distillation)
     batches = tokenise(base, Checkpoint(finetune_path), text, distillation) if distillation is not None else None
     config = delta_config(base, source, base_name=base_name, revision=revision)
@@ -105,6 +106,22 @@ def stream(source: Source, writer: DeltaWriter, progress: Progress = no_progress
         if entry.name not in writer.done:
             writer.put(entry, source.encode(entry))
     progress(len(source.entries), len(source.entries), "")
+
+
+def _with_group(base: Checkpoint, finetune_path: Path, options: CompressOptions | None) -> CompressOptions | None:
+    """`options` with the group size of its dropout chosen, where that is left open."""
+    if options is None or options.dropout is None or options.dropout.group is not None:
+        return options
+    options.check()
+    if lora.is_adapter(finetune_path):
+        return options
+    pairing = Pairing(base, Checkpoint(finetune_path))
+    pairing.check()
+    given = DistillOptions(
+        batch=dropout.TEXTS, length=dropout.LENGTH, calibration=options.dropout.calibration, seed=options.dropout.seed
+    )
+    batches = tokenise(base, pairing.fine, read_calibration(given.calibration), given)
+    return replace(options, dropout=dropout.choose_group(pairing, options.dropout, batches))
 
 
 def _calibration(source: Source, options: DistillOptions | None) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bitdelta_core.delta.spec import FORMAT_VERSION, Codec, ScaleLayout, TensorEntry
+from bitdelta_core.delta.spec import FIRST_VERSION, FORMAT_VERSION, Codec, ScaleLayout, TensorEntry
 from bitdelta_core.delta.strict_json import BadJson, parse_object
 from bitdelta_core.errors import DeltaFormatError, UnsupportedFormat
 
@@ -48,13 +48,18 @@ class DeltaConfig:
     """By parameter name, in name order. What is absent equals the base."""
     files: Mapping[str, FileEntry]
     """By file name: weights, tokenizer, generation config."""
-    format_version: int = FORMAT_VERSION
+    format_version: int = 0
+    """0: the lowest that has every codec in `tensors`, so that readers of that version keep reading what they can."""
     base_model_name_or_path: str = ""
     revision: str | None = None
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Top-level keys of config.json that differ from the base's; ABSENT marks a key that the fine-tune lacks."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How it was made; for readers, never for loading."""
+
+    def __post_init__(self) -> None:
+        if not self.format_version:
+            object.__setattr__(self, "format_version", max(map(_first_version, self.tensors.values()), default=1))
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -92,6 +97,10 @@ class DeltaConfig:
         return (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def _first_version(entry: TensorEntry) -> int:
+    return FIRST_VERSION.get(entry.codec, 1)
+
+
 def config_overrides(base: Mapping[str, Any], fine: Mapping[str, Any], *, ignore: frozenset[str]) -> dict[str, Any]:
     """The overrides that turn `base` into `fine`, keys in `ignore` left out."""
     changed = {k: v for k, v in fine.items() if k not in ignore and (k not in base or base[k] != v)}
@@ -117,7 +126,14 @@ def parse_config(text: bytes, *, delta: str | None = None) -> DeltaConfig:
     for name in parsed.files:
         if not _FILE_NAME.fullmatch(name) or name == CONFIG_FILE:
             raise DeltaFormatError(f"{CONFIG_FILE}: files: {name!r} is not a plain file name", delta=delta)
-    return _from_text(parsed, delta)
+    config = _from_text(parsed, delta)
+    for entry in config.tensors.values():
+        if _first_version(entry) > config.format_version:
+            raise DeltaFormatError(
+                f"{CONFIG_FILE}: tensors.{entry.name}: codec {entry.codec} in format version {config.format_version}",
+                delta=delta,
+            )
+    return config
 
 
 def _check_version(body: Mapping[str, Any], delta: str | None) -> None:
@@ -157,7 +173,11 @@ class _EntryText(_Strict):
     rank: int = Field(0, ge=0)
     scaling: float = Field(1.0, allow_inf_nan=False)
     rows: int = Field(0, ge=0)
-    bits: Literal[2, 4, 8] = 4
+    bits: Literal[1, 2, 4, 8] = 4
+    group: int = Field(0, ge=0)
+    alpha: int = Field(1, ge=1)
+    mask_rows: Literal[1, 16, 64] = 1
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 class _FileText(_Strict):

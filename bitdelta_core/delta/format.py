@@ -225,7 +225,7 @@ def _check_vocabulary(config: DeltaConfig, entry: TensorEntry, base: tuple[int, 
             f"but config_overrides.vocab_size is {config.config_overrides.get('vocab_size')!r}",
             delta=delta,
         )
-    if entry.codec in ("bitdelta", "lora"):
+    if entry.codec in ("bitdelta", "deltadq", "lora"):
         raise DeltaFormatError(f"tensor {entry.name!r}: codec {entry.codec} cannot change the vocabulary", delta=delta)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ class Summary:
     tensors_by_codec: Mapping[str, int]
     linear_bits_per_weight: float | None
     """Of the linears that the delta changes; None when it changes none."""
+    linear_value_ratio: float | None
+    """Codec deltadq: 16 bits per weight of the linears over the bits of the kept values alone, as its paper counts; no
+    scales, no metadata. None where another codec holds a linear."""
     bits_per_weight: float | None
     """Every byte over every parameter of the fine-tune; None when the fine-tune's size is not recorded."""
     finetune_bytes_16bit: int | None
@@ -62,12 +65,19 @@ def summarise(delta: DeltaReader) -> Summary:
         bytes_by_kind=by_kind,
         tensors_by_codec={c: sum(e.codec == c for e in entries) for c in sorted({e.codec for e in entries})},
         linear_bits_per_weight=8 * by_kind["linears"] / weights if weights else None,
+        linear_value_ratio=_value_ratio(linears),
         bits_per_weight=16 * delta.nbytes / full if full else None,
         finetune_bytes_16bit=full,
         ratio=full / delta.nbytes if full else None,
         config_overrides=config.config_overrides,
         provenance=config.provenance,
     )
+
+
+def _value_ratio(linears: Sequence[TensorEntry]) -> float | None:
+    if not linears or any(entry.codec != "deltadq" for entry in linears):
+        return None
+    return 16 * sum(math.prod(e.shape) for e in linears) / sum(e.shape[0] * e.kept * e.bits for e in linears)
 
 
 def kind(entry: TensorEntry) -> str:

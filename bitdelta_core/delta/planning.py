@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta import lora, rows, shards
+from bitdelta_core.delta import dropout, lora, rows, shards
 from bitdelta_core.delta.codecs import encode
 from bitdelta_core.delta.config import DTYPES
+from bitdelta_core.delta.dropout import DropoutOptions
 from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.pairing import Pairing, is_tied, parameters
 from bitdelta_core.delta.sidecars import sidecars
@@ -20,6 +21,7 @@ from bitdelta_core.delta.writer import sha256_of
 from bitdelta_core.errors import CheckpointError, InvalidRequest
 
 Embeddings = Literal["auto", "exact", "int8", "int4", "int2"]
+DeltaCodec = Literal["bitdelta", "deltadq", "lora", "dense"]
 Parts = dict[str, torch.Tensor]
 _CHUNK = 1 << 12
 
@@ -28,8 +30,10 @@ _CHUNK = 1 << 12
 class CompressOptions:
     """How to code a fine-tune. What does not apply to an adapter (all of it) must keep its default there."""
 
-    codec: Literal["bitdelta", "dense"] = "bitdelta"
+    codec: Literal["bitdelta", "deltadq", "dense"] = "bitdelta"
     """Of the linears."""
+    dropout: DropoutOptions | None = None
+    """With codec deltadq, and only there."""
     scale_layout: ScaleLayout = "row_col"
     bits: int = 1
     """Sign planes, 1 to 16."""
@@ -43,13 +47,26 @@ class CompressOptions:
         """Raise InvalidRequest for a value out of range."""
         if not 1 <= self.bits <= 16:
             raise InvalidRequest(f"bits must be 1 to 16, got {self.bits}", param="bits")
+        if (self.codec == "deltadq") != (self.dropout is not None):
+            raise InvalidRequest(f"codec {self.codec} and options of deltadq: either both or none", param="codec")
+        if self.dropout is not None:
+            self.dropout.check()
+
+    def described(self) -> dict[str, Any]:
+        """For a delta's provenance: plain values, and no path but the name of a file."""
+        body = asdict(self)
+        if self.dropout is None:
+            return {key: value for key, value in body.items() if key != "dropout"}
+        calibration = self.dropout.calibration
+        own = {**body["dropout"], "calibration": calibration.name if calibration else "default"}
+        return {key: body[key] for key in ("codec", "embeddings", "dtype")} | {"dropout": own}
 
 
 class Source(Protocol):
     """A fine-tune, ready to be stored."""
 
     @property
-    def codec(self) -> Literal["bitdelta", "lora", "dense"]: ...
+    def codec(self) -> DeltaCodec: ...
     @property
     def entries(self) -> tuple[TensorEntry, ...]: ...
     @property
@@ -68,7 +85,7 @@ class FineTune:
     """A full fine-tune beside its base."""
 
     pairing: Pairing
-    codec: Literal["bitdelta", "dense"]
+    codec: DeltaCodec
     entries: tuple[TensorEntry, ...]
     overrides: Mapping[str, Any]
     sidecars: Mapping[str, bytes]
@@ -119,7 +136,7 @@ def plan_finetune(base: Checkpoint, fine: Checkpoint, options: CompressOptions) 
             "finetune": fine.path.resolve().name,
             "finetune_sha256": fine.sha256(),
             "finetune_bytes_16bit": 2 * _count(parameters(fine), fine.shape),
-            "options": asdict(options),
+            "options": options.described(),
         },
     )
 
@@ -177,6 +194,8 @@ def _plan_tensor(name: str, pairing: Pairing, options: CompressOptions) -> Tenso
         return TensorEntry(name=name, shape=shape, codec="dense", dtype=dtype)
     if name in (EMBEDDING, HEAD):
         return _plan_embedding(name, base, fine, options)
+    if options.dropout is not None:
+        return dropout.entry(name, shape, dtype, options.dropout)
     return TensorEntry(
         name=name,
         shape=shape,

@@ -12,15 +12,20 @@ from typing import Literal
 
 import torch
 
-Codec = Literal["bitdelta", "lora", "dense", "rows", "quant"]
+Codec = Literal["bitdelta", "lora", "dense", "rows", "quant", "deltadq"]
 ScaleLayout = Literal["tensor", "row", "row_col"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this code reads and writes."""
+FIRST_VERSION: dict[str, int] = {"deltadq": 2}
+"""The format version that brought a codec; 1 where it is not listed."""
+
 _USED: dict[str, tuple[str, ...]] = {
     "bitdelta": ("planes", "scale_layout"),
     "lora": ("rank", "scaling"),
     "dense": (),
     "rows": ("rows",),
     "quant": ("bits", "rows"),
+    "deltadq": ("alpha", "bits", "group", "mask_rows", "scale_layout", "seed"),
 }
 
 
@@ -39,7 +44,8 @@ class TensorEntry:
     planes: int = 1
     """bitdelta: how many sign planes, each coding the residual of those before it."""
     scale_layout: ScaleLayout = "tensor"
-    """bitdelta: one scale per plane, or times one per row, or times one per row and one per column."""
+    """bitdelta: one scale per plane, or times one per row, or times one per row and one per column.
+    deltadq: one scale, or times one per row."""
     rank: int = 0
     """lora"""
     scaling: float = 1.0
@@ -48,7 +54,15 @@ class TensorEntry:
     """rows: how many whole rows are stored. quant: how many rows at the start are coded as differences; the rest is
     stored whole (a vocabulary that grew)."""
     bits: int = 4
-    """quant: 2, 4 or 8"""
+    """quant: 2, 4 or 8. deltadq: 1, 2 or 4"""
+    group: int = 0
+    """deltadq: inputs in one group, a power of two"""
+    alpha: int = 1
+    """deltadq: one of alpha inputs is kept, a power of two, at most the group"""
+    mask_rows: int = 1
+    """deltadq: so many neighbouring outputs share their masks"""
+    seed: int = 0
+    """deltadq: of the masks, 32 bits"""
 
     def used_fields(self) -> tuple[str, ...]:
         """The fields beyond shape, codec and dtype that this codec uses."""
@@ -64,7 +78,19 @@ class TensorEntry:
             return f"{self.rows} rows stored of {self.shape[0]}"
         if self.codec == "lora" and self.rank < 1:
             return f"rank {self.rank}, expected 1 or more"
-        return None
+        if self.codec == "quant" and self.bits == 1:
+            return "bits 1, expected 2, 4 or 8"
+        return self._dropout_problem() if self.codec == "deltadq" else None
+
+    @property
+    def padded_columns(self) -> int:
+        """deltadq: inputs, filled up to whole groups."""
+        return -(-self.shape[1] // self.group) * self.group
+
+    @property
+    def kept(self) -> int:
+        """deltadq: values stored per row."""
+        return self.padded_columns // self.alpha
 
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Part name -> (dtype, shape)."""
@@ -85,6 +111,11 @@ class TensorEntry:
                     "scale": (torch.float32, (self.rows,)),
                     "extra": (self.dtype, (n - self.rows, k)),
                 }
+            case "deltadq":
+                n, _ = self.shape
+                row = {"row": (torch.float16, (n,))} if self.scale_layout == "row" else {}
+                code = (torch.uint8, (n, -(-self.kept * self.bits // 8)))
+                return {"code": code, "scale": (torch.float32, (1,)), **row}
 
     def _sign_parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         n, k = self.shape
@@ -97,6 +128,16 @@ class TensorEntry:
         if self.scale_layout == "row_col":
             parts["col"] = (torch.float16, (self.planes, k))
         return parts
+
+    def _dropout_problem(self) -> str | None:
+        for name, value in (("group", self.group), ("alpha", self.alpha)):
+            if value < 1 or value & (value - 1) or value > 2**24:
+                return f"{name} {value}, expected a power of two"
+        if self.alpha > self.group:
+            return f"alpha {self.alpha} in groups of {self.group}"
+        if self.bits == 8 or self.scale_layout == "row_col":
+            return f"deltadq with bits {self.bits} and scale_layout {self.scale_layout}"
+        return None
 
     def part_name(self, part: str) -> str:
         return f"{self.name}.{part}"

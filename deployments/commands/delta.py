@@ -21,6 +21,7 @@ class CodecName(StrEnum):
     """--codec"""
 
     bitdelta = "bitdelta"
+    deltadq = "deltadq"
     lora = "lora"
     dense = "dense"
 
@@ -77,6 +78,14 @@ def compress(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of values that are stored whole (default: the fine-tune's own).")
     ] = None,
+    ratio: Annotated[
+        int | None, typer.Option(help="deltadq: 16 to 512 (a power of two), value bits alone. (default: 128)")
+    ] = None,
+    mask_rows: Annotated[
+        int | None, typer.Option(help="deltadq: outputs that share a mask: 1, 16 or 64. (default: 1)")
+    ] = None,
+    group: Annotated[int | None, typer.Option(help="deltadq: inputs per group (default: chosen by the text).")] = None,
+    seed: Annotated[int | None, typer.Option(help="deltadq: of the masks (default: 0).")] = None,
     distill: Annotated[
         bool | None,
         typer.Option("--distill/--no-distill", help="Train the scales against the fine-tune. (default: on)"),
@@ -95,9 +104,10 @@ def compress(
     from bitdelta_core.delta.inspect import summarise
 
     coding = {"codec": codec, "scale_layout": scale, "bits": bits, "embeddings": embeddings, "dtype": dtype}
+    dropping = {"ratio": ratio, "mask_rows": mask_rows, "group": group, "seed": seed}
     training = {"steps": distill_steps, "batch": distill_batch, "length": distill_length, "lr": distill_lr}
     options, distillation = _compress_options(
-        finetune, _given(coding), distill, _given({**training, "calibration": calibration})
+        finetune, _given(coding), _given(dropping), distill, _given({**training, "calibration": calibration})
     )
     if distillation is not None:
         _quieten_transformers()
@@ -184,7 +194,11 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compress_options(
-    finetune: Path, coding: dict[str, Any], distill: bool | None, training: dict[str, Any]
+    finetune: Path,
+    coding: dict[str, Any],
+    dropping: dict[str, Any],
+    distill: bool | None,
+    training: dict[str, Any],
 ) -> tuple[CompressOptions | None, DistillOptions | None]:
     """What the flags ask for; a flag that would be ignored is an error."""
     from bitdelta_core.delta.distill import DistillOptions
@@ -193,13 +207,18 @@ def _compress_options(
     from bitdelta_core.errors import InvalidRequest
 
     if is_adapter(finetune):
-        others = {**{k: v for k, v in coding.items() if (k, v) != ("codec", "lora")}, **training}
+        others = {**{k: v for k, v in coding.items() if (k, v) != ("codec", "lora")}, **dropping, **training}
         if others or distill:
             named = sorted(others) or ["distill"]
             raise InvalidRequest(f"{finetune} is a PEFT adapter, taken as it is: drop {', '.join(named)}")
         return None, None
     if coding.get("codec") == "lora":
         raise InvalidRequest(f"{finetune} is no PEFT adapter: codec lora takes one as it is", param="codec")
+    if coding.get("codec") == "deltadq":
+        return _dropout_options(coding, dropping, distill, training), None
+    if dropping:
+        codec = coding.get("codec", "bitdelta")
+        raise InvalidRequest(f"codec {codec} has nothing to do with {', '.join(sorted(dropping))}", param="codec")
     if coding.get("codec") == "dense":
         unused = sorted({"scale_layout", "bits"} & coding.keys() | training.keys()) or (["distill"] if distill else [])
         if unused:
@@ -210,6 +229,22 @@ def _compress_options(
             raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(training))}", param="distill")
         return CompressOptions(**coding), None
     return CompressOptions(**coding), DistillOptions(**training)
+
+
+def _dropout_options(
+    coding: dict[str, Any], dropping: dict[str, Any], distill: bool | None, training: dict[str, Any]
+) -> CompressOptions:
+    from bitdelta_core.delta.dropout import DropoutOptions
+    from bitdelta_core.delta.planning import CompressOptions
+    from bitdelta_core.errors import InvalidRequest
+
+    unused = sorted({"scale_layout", "bits"} & coding.keys() | training.keys() - {"calibration"})
+    unused += ["distill"] if distill else []
+    if unused:
+        raise InvalidRequest(f"codec deltadq has nothing to do with {', '.join(unused)}", param=unused[0])
+    chosen = {**dropping, **{k: v for k, v in training.items() if k == "calibration"}}
+    ratio = chosen.pop("ratio", 128)
+    return CompressOptions(**coding, dropout=DropoutOptions.for_ratio(ratio, **chosen))
 
 
 @contextmanager
@@ -243,6 +278,8 @@ def _print_summary(summary: Summary) -> None:
     ]
     if summary.linear_bits_per_weight is not None:
         lines.append(("bits per weight", f"{summary.linear_bits_per_weight:.3f} in the linears it changes"))
+    if summary.linear_value_ratio is not None:
+        lines.append(("", f"{summary.linear_value_ratio:.2f} times smaller linears, were only value bits counted"))
     if summary.bits_per_weight is not None:
         lines.append(("", f"{summary.bits_per_weight:.3f} over all, every byte counted"))
     lines += [("overrides", json.dumps(summary.config_overrides))] if summary.config_overrides else []

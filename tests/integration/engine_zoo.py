@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitdelta_core.delta.compress import compress
+from bitdelta_core.delta.dropout import DropoutOptions
 from bitdelta_core.delta.planning import CompressOptions
 from bitdelta_core.delta.restore import restore
 from tests.tiny import make_base, make_finetune
@@ -31,6 +32,11 @@ KINDS: dict[str, tuple[CompressOptions, dict[str, Any]]] = {
     "more-vocabulary": (CompressOptions(embeddings="int4"), {"new_tokens": ("<|user|>", "<|end|>", "<|x|>")}),
     "more-rows": (CompressOptions(embeddings="exact"), {"only": "mlp", "new_tokens": ("<|user|>",)}),
     "rope": (CompressOptions(embeddings="exact"), {"only": "norm", "config": ROPE}),
+    "dropout": (CompressOptions(codec="deltadq", dropout=DropoutOptions(alpha=4, mask_rows=16)), {}),
+    "dropout-four-bits": (
+        CompressOptions(codec="deltadq", dropout=DropoutOptions(alpha=2, value_bits=4, group=8, scale="tensor")),
+        {"new_tokens": ("<|y|>",)},
+    ),
     "empty": (CompressOptions(), {"only": "nothing"}),
 }
 

@@ -19,6 +19,7 @@ from bitdelta_core.models.batch import Batch
 from bitdelta_core.models.decoder import Decoder
 from bitdelta_core.models.variant import VariantLayout, VariantWeights
 from kernels.segments import Segment
+from tests.unit.by_the_book import kept_columns
 
 BLOCK = 4
 MIXES = ("distinct", "identical", "uniform", "zipf", "base")
@@ -118,6 +119,19 @@ def merge(entry: TensorEntry, parts: Mapping[str, torch.Tensor], base: torch.Ten
             planes = planes * parts["row"].float()[:, :, None] if "row" in parts else planes
             planes = planes * parts["col"].float()[:, None, :] if "col" in parts else planes
             return base + planes.sum(0)
+        case "deltadq":
+            return base + _dropped(entry, parts)
+
+
+def _dropped(entry: TensorEntry, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    wide = torch.zeros(entry.shape[0], entry.padded_columns)
+    for n in range(entry.shape[0]):
+        bits = np.unpackbits(parts["code"][n].numpy(), bitorder="little")[: entry.kept * entry.bits]
+        levels = (bits.reshape(-1, entry.bits) * 2 ** np.arange(entry.bits)).sum(-1) - (2**entry.bits - 1) / 2
+        columns = kept_columns(n, entry.shape[1], entry.group, entry.alpha, entry.mask_rows, entry.seed)
+        scale = parts["scale"] * (parts["row"][n].float() if "row" in parts else 1)
+        wide[n, columns] = torch.from_numpy(levels).float() * scale
+    return wide[:, : entry.shape[1]]
 
 
 def oracle(base: Path, state: Mapping[str, torch.Tensor], overrides: Mapping[str, Any]) -> Any:

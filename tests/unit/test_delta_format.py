@@ -193,8 +193,8 @@ def test_configs_that_lie(delta: Path, change: Callable[[dict[str, Any]], object
 
 
 def test_newer_versions_and_codecs_are_unsupported_not_corrupt(delta: Path) -> None:
-    edit_config(delta, lambda c: c.update(format_version=2, unheard_of={}))
-    with pytest.raises(UnsupportedFormat, match="version 2"):
+    edit_config(delta, lambda c: c.update(format_version=3, unheard_of={}))
+    with pytest.raises(UnsupportedFormat, match="version 3"):
         open_delta(delta)
     edit_config(
         delta, lambda c: (c.update(format_version=1), c.pop("unheard_of"), c["tensors"][UP].update(codec="new"))

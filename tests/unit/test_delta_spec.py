@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.compress import compress
+from bitdelta_core.delta.dropout import DropoutOptions
 from bitdelta_core.delta.planning import CompressOptions
 from bitdelta_core.delta.restore import restore
 from tests.tiny import make_base, make_finetune
+from tests.unit.by_the_book import kept_columns
 
 DTYPES = {"U8": np.uint8, "I32": np.int32, "F16": np.float16, "F32": np.float32}
 Arrays = dict[str, np.ndarray]
@@ -53,6 +55,8 @@ def decode(entry: dict[str, Any], parts: Arrays, base: np.ndarray) -> np.ndarray
         case "quant":
             q = codes(parts["q"].astype(np.int64), entry["bits"], base.shape[1]) - 2 ** (entry["bits"] - 1)
             return np.concatenate([base[: entry["rows"]] + q * parts["scale"][:, None], parts["extra"]])
+        case "deltadq":
+            return base + dropped(entry, parts)
         case _:
             fine = base.astype(np.float64)
             for p in range(entry.get("planes", 1)):
@@ -60,6 +64,17 @@ def decode(entry: dict[str, Any], parts: Arrays, base: np.ndarray) -> np.ndarray
                 plane = plane * parts["row"][p][:, None].astype(float) if "row" in parts else plane
                 fine = fine + (plane * parts["col"][p].astype(float) if "col" in parts else plane)
             return fine
+
+
+def dropped(entry: dict[str, Any], parts: Arrays) -> np.ndarray:
+    (n, k), group = entry["shape"], entry["group"]
+    whole = np.zeros((n, -(-k // group) * group))
+    for row in range(n):
+        columns = kept_columns(row, k, group, entry["alpha"], entry["mask_rows"], entry["seed"])
+        levels = codes(parts["code"][row : row + 1].astype(np.int64), entry["bits"], len(columns))[0]
+        whole[row, columns] = (levels - (2 ** entry["bits"] - 1) / 2) * parts["scale"][0]
+        whole[row] *= float(parts["row"][row]) if "row" in parts else 1
+    return whole[:, :k]
 
 
 def untie(fine: Path) -> None:
@@ -78,8 +93,10 @@ def untie(fine: Path) -> None:
         CompressOptions(scale_layout="row", bits=2, embeddings="int2"),
         CompressOptions(scale_layout="row_col", bits=3, embeddings="int8"),
         CompressOptions(codec="dense"),
+        CompressOptions(codec="deltadq", dropout=DropoutOptions(alpha=2, group=16, mask_rows=16, seed=3)),
+        CompressOptions(codec="deltadq", dropout=DropoutOptions(alpha=8, value_bits=4, group=8, scale="tensor")),
     ],
-    ids=["tensor", "row", "row_col", "dense"],
+    ids=["tensor", "row", "row_col", "dense", "dropout", "dropout-tensor"],
 )
 @pytest.mark.parametrize("head", ["untied", "tied", "untied by the fine-tune"])
 def test_the_page_is_enough_to_read_a_delta(options: CompressOptions, head: str, tmp_path: Path) -> None:
@@ -90,7 +107,7 @@ def test_the_page_is_enough_to_read_a_delta(options: CompressOptions, head: str,
         untie(fine)
     delta = compress(base, fine, tmp_path / "delta", options, shard_bytes=9000)
     config = json.loads((delta / "delta_config.json").read_text())
-    assert config["format_version"] == 1
+    assert config["format_version"] == (2 if options.codec == "deltadq" else 1)
     parts = {n: t for f in config["files"] if f.endswith(".safetensors") for n, t in read_safetensors(delta / f)}
     weights = dict(read_safetensors(base / "model.safetensors"))
     back = Checkpoint(restore(base, delta, tmp_path / "back"))

@@ -33,6 +33,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "sign-3-planes": {"codec": "bitdelta", "planes": 3},
     "lora": {"codec": "lora", "rank": 3, "scaling": 1.7},
     "dense": {"codec": "dense"},
+    "dropout-1": {"codec": "deltadq", "alpha": 2, "group": 4, "bits": 1, "mask_rows": 16, "seed": 5},
+    "dropout-2-row": {"codec": "deltadq", "alpha": 4, "group": 8, "bits": 2, "scale_layout": "row", "seed": 6},
+    "dropout-4": {"codec": "deltadq", "alpha": 2, "group": 16, "bits": 4, "seed": 7},
 }
 TABLES: dict[str, dict[str, Any]] = {
     "rows": {"codec": "rows", "rows": 9},
@@ -126,7 +129,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A base and one variant of each kind, with what each should answer to its own prompt, for every slot."""
     base = make_base(tmp_path_factory.mktemp("many") / "base", "qwen3", hidden_size=44, intermediate_size=90)
     state, decoder = base_state(base), Decoder.load(base)
-    tables = ["rows-grown", "quant4", None, "quant2-grown", "dense-grown", None]
+    tables = ["rows-grown", "quant4", None, "quant2-grown", "dense-grown", None, "rows", None, "quant8"]
     deltas = [random_delta(state, i, k, t, tied=False) for i, (k, t) in enumerate(zip(KINDS, tables, strict=True))]
     deltas[2].config_overrides["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     deltas[4].config_overrides["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
@@ -229,7 +232,7 @@ def test_fill_refuses_values_that_are_not_finite(tmp_path: Path, kind: str, pois
     delta = FakeDelta()
     name = "model.layers.0.mlp.up_proj.weight"
     delta.add(base_state(base), name, torch.Generator().manual_seed(1), **KINDS[kind])
-    part = {"bitdelta": "scale", "lora": "lora_B", "dense": "value"}[KINDS[kind]["codec"]]
+    part = {"bitdelta": "scale", "lora": "lora_B", "dense": "value", "deltadq": "scale"}[KINDS[kind]["codec"]]
     delta.parts[name][part].view(-1)[0] = poison
     with pytest.raises(DeltaFormatError, match=name):
         make_variant(decoder, delta)
