@@ -1,7 +1,9 @@
 # Every verb sets up what it needs in .venv; PYTHON chooses the interpreter that makes it.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo serve test lint format clean install
+# Of an environment that has a CUDA build of torch already: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+.PHONY: demo serve test test-gpu lint format clean install
 
 demo: .venv/demo  ## compress, publish and serve four fine-tunes, ask them all, print the table
 	$(BIN)/python examples/demo/demo.py
@@ -11,6 +13,10 @@ serve: .venv/demo  ## the same variants, served until Ctrl-C
 
 test: .venv/dev  ## all tests
 	$(BIN)/python -m pytest
+
+test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/dev)  ## kernels, decoder and engine on this machine's GPU
+	$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	$(GPU_PYTHON) -m pytest tests/kernels $(wildcard tests/integration/test_device_*.py tests/integration/test_engine_gpu.py)
 
 lint: .venv/dev  ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
