@@ -62,16 +62,18 @@ def add_expanded(
 ):  # fmt: skip
     """total[t, n] += sum over i < rank, s of H[s, t, column + i] b[n, i], for n in first .. last."""
     i = tl.arange(0, BI)
+    s = tl.arange(0, SPLIT)
     for i0 in tl.range(0, rank, BI, num_stages=STAGES):
         inside = i0 + i < rank
-        mask = (t[:, None] < stop) & inside[None, :]
-        h = tl.zeros((t.shape[0], BI), tl.float32)
-        for s in tl.static_range(SPLIT):
-            at = (s * T + t)[:, None].to(tl.int64) * WIDTH + (column + i0 + i)[None, :]
-            h += tl.load(H + at, mask=mask, other=0.0)
+        at = (s[:, None] * T + t[None, :]).to(tl.int64) * WIDTH + column
+        mask = (s[:, None] >= 0) & (t[None, :] < stop)
+        # One load of three dimensions: separate ones would each be exchanged between threads for the product.
+        h = tl.load(
+            H + at[:, :, None] + (i0 + i)[None, None, :], mask=mask[:, :, None] & inside[None, None, :], other=0.0
+        )
         here = (n[None, :] >= first) & (n[None, :] < last) & inside[:, None]
         b_at = b + n[None, :].to(tl.int64) * rank + (i0 + i)[:, None]
-        total = tl.dot(h.to(b.dtype.element_ty), tl.load(b_at, mask=here, other=0.0), total)
+        total = tl.dot(tl.sum(h, 0).to(b.dtype.element_ty), tl.load(b_at, mask=here, other=0.0), total)
     return total
 
 
@@ -88,15 +90,13 @@ def expand_kernel(
         return
     b = parts.part(SLAB, TABLE, entry * table_stride, LORA_B, DTYPE)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    low, high = members_between(tl.program_id(0) * BN, BN, MEMBERS, N, FIRST_1, FIRST_2)
     for t0 in range(start, stop, BT):
         t = t0 + tl.arange(0, BT)
         total = tl.zeros((BT, BN), tl.float32)
-        for m in tl.static_range(MEMBERS):
+        for m in range(low, high + 1):
             first, last = member_span(m, MEMBERS, N, FIRST_1, FIRST_2)
-            if (tl.program_id(0) * BN < last) & (tl.program_id(0) * BN + BN > first):
-                total = add_expanded(
-                    total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, BI, STAGES
-                )  # fmt: skip
+            total = add_expanded(total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, BI, STAGES)
         at = OUT + t[:, None].to(tl.int64) * out_stride + n[None, :]
         mask = (t[:, None] < stop) & (n[None, :] < N)
         total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -104,27 +104,32 @@ def expand_kernel(
 
 
 @triton.jit
-def member_span(m: tl.constexpr, MEMBERS: tl.constexpr, N, FIRST_1, FIRST_2):
-    """(first, last) output of member m of a fused target."""
-    if m == 0:
-        first = N * 0
-    elif m == 1:
-        first = FIRST_1
-    else:
-        first = FIRST_2
-    if m + 1 == MEMBERS:
-        last = N
-    elif m == 0:
-        last = FIRST_1
-    else:
-        last = FIRST_2
+def members_between(n, count, MEMBERS: tl.constexpr, N, FIRST_1, FIRST_2):
+    """The first and last member of a fused target that outputs n .. n + count belong to."""
+    last = tl.minimum(n + count, N) - 1
+    low = n * 0
+    high = n * 0
+    if MEMBERS > 1:
+        low += (n >= FIRST_1).to(tl.int32)
+        high += (last >= FIRST_1).to(tl.int32)
+    if MEMBERS > 2:
+        low += (n >= FIRST_2).to(tl.int32)
+        high += (last >= FIRST_2).to(tl.int32)
+    return low, high
+
+
+@triton.jit
+def member_span(m, MEMBERS: tl.constexpr, N, FIRST_1, FIRST_2):
+    """(first, last) output of member m."""
+    first = tl.where(m == 0, 0, tl.where(m == 1, FIRST_1, FIRST_2))
+    last = tl.where(m == MEMBERS - 1, N, tl.where(m == 0, FIRST_1, FIRST_2))
     return first, last
 
 
 @dataclass(frozen=True, slots=True)
 class LowRankConfig:
     split: int
-    """Parts that K is cut into"""
+    """Parts that K is cut into: a power of two"""
     rows: int = 16
     """Rows of x that are multiplied at once"""
     rank_block: int = 32
@@ -141,9 +146,10 @@ class LowRankConfig:
 def choose(target: Target, rows: int, max_rank: int) -> LowRankConfig:
     """Not measured yet. Splits so that a few segments of rank 16 already fill a GPU with programs of some 16 KiB."""
     width = len(target.members) * max_rank
+    most = 8 if width <= 128 else 4 if width <= 512 else 2
     tall = 16 if rows <= 32 else 32
     return LowRankConfig(
-        split=max(1, min(8, target.inputs // 512)) if rows <= 256 else 1,
+        split=2 ** (max(1, min(most, target.inputs // 512)).bit_length() - 1) if rows <= 256 else 1,
         rows=tall if rows <= 256 else 64,
         rank_block=16 if width == 16 else 32,
         warps=2 if width == 16 else 4,
@@ -208,7 +214,7 @@ def low_rank(
     config = config or choose(target, x_TK.shape[0], max_rank)
     h = shrink(x_TK, target, deltas, segments_G4, max_rank, workspace, config)
     first = [*target.members[1:], 0, 0]
-    inner = min(64, triton.next_power_of_2(max_rank))
+    inner = min(32, triton.next_power_of_2(max_rank))
     expand_kernel[(triton.cdiv(target.outputs, config.outputs), segments_G4.shape[0])](
         h, *parts.table_arguments(deltas, target), segments_G4, out_TN, out_TN.stride(0), h.shape[1], target.outputs,
         first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members), WIDTH=h.shape[2], SPLIT=config.split,

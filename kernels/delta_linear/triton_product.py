@@ -119,11 +119,10 @@ def product_kernel(
         total *= scale[:, None]
     if LOW_RANK:
         b = parts.part(SLAB, TABLE, at, LORA_B, dtype)
-        n0 = tl.program_id(1) * BN
-        for m in tl.static_range(MEMBERS):
+        low, high = triton_low_rank.members_between(tl.program_id(1) * BN, BN, MEMBERS, N, FIRST_1, FIRST_2)
+        for m in range(low, high + 1):
             first, last = triton_low_rank.member_span(m, MEMBERS, N, FIRST_1, FIRST_2)
-            if (n0 < last) & (n0 + BN > first):
-                total = add_low_rank(total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, 16)
+            total = add_low_rank(total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, 16)
     y = tl.trans(total)
     y_at = OUT + t[:, None].to(tl.int64) * out_stride + n[None, :]
     y_mask = (t[:, None] < stop) & (n[None, :] < N)

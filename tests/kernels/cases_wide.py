@@ -32,7 +32,7 @@ def _product(target: Target, kinds: Kinds, config: triton_product.ProductConfig,
 
 def _fused() -> None:
     """The largest tile that the chip's registers hold."""
-    capability = int(driver.active.get_current_target().arch)
+    capability = int(driver.active.get_current_target().arch)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     _product(QKV, SIGNS, triton_product.ProductConfig(256 if capability >= 90 else 128))
 
 
