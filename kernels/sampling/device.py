@@ -1,4 +1,6 @@
-"""Launches the kernels. No allocation, no wait: only what `Wants` and the shapes say."""
+"""Launches the kernels. No allocation, no wait: what is launched follows from the shapes and from `Wants` alone."""
+
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
@@ -7,13 +9,11 @@ import triton
 
 from kernels.sampling.rows import Sampled, SamplingRows, Wants
 from kernels.sampling.triton_sample import best_kernel, mass_kernel, rank_kernel, weigh_kernel
-from kernels.sampling.triton_truncate import gather_kernel
-from kernels.sampling.workspace import BINS, LISTED, SLICE, Workspace
+from kernels.sampling.triton_truncate import cut_kernel, gather_kernel
+from kernels.sampling.workspace import BINS, Workspace
 
-BLOCK = 1024
 CHUNK = 512
-"""Divides BINS"""
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+"""Bins that are held at a time. Divides BINS."""
 
 
 def sample(
@@ -26,36 +26,41 @@ def sample(
 ) -> None:
     """As `kernels.sampling.sample`."""
     count, width = logits_SV.shape
-    grid = (triton.cdiv(width, SLICE), count)
-    w = workspace
+    w, config = workspace, workspace.config
+    grid = (triton.cdiv(width, config.columns), count)
     assert w.best_SB.shape[0] >= count, f"{count} rows, but the workspace has room for {w.best_SB.shape[0]}"
     assert w.best_SB.shape[1] >= grid[0], f"{width} columns are too many for the workspace"
     assert logits_SV.stride(1) == 1, "the columns of a row must be adjacent"
     assert rows.fields_SF.is_contiguous()
     assert out.words_4S.is_contiguous()
-    counts = rows.fields_SF if counts_QV is None else counts_QV
-    given = (logits_SV, counts, rows.fields_SF)
+    assert counts_QV is None or (
+        counts_QV.dtype == torch.int32 and counts_QV.shape[1] >= width and counts_QV.stride(1) == 1
+    )
+    counts = rows.fields_SF if counts_QV is None else counts_QV  # a pointer that is not followed
+    given, words = (logits_SV, counts, rows.fields_SF), out.words_4S
     strides = (logits_SV.stride(0), counts.stride(0), width)
-    has_counts, padded = counts_QV is not None, triton.next_power_of_2(grid[0])
-    slices, histogram = w.best_SB.stride(0), (w.count_SH, w.weight_SH)
-    state, tickets, words = w.state_SX, w.tickets_SX, out.words_4S
+    slices, histogram, state, tickets = w.best_SB.stride(0), (w.count_SH, w.weight_SH), w.state_SX, w.tickets_SX
+    cut = {"HAS_COUNTS": counts_QV is not None, "BLOCK": config.columns}
+    ended = {"PADDED": triton.next_power_of_2(grid[0])}
+    # Fused multiply-adds round otherwise than the specification.
+    launch = {"num_warps": config.warps, "enable_fp_fusion": False}
     best_kernel[grid](
-        *given, words, w.best_SB, w.where_SB, w.sum_SB, *histogram, state, tickets, count, *strides, slices,
-        has_counts, wants.random, wants.truncated, wants.ranks, SLICE, BLOCK, padded, BINS, **LAUNCH,
+        *given, words, w.best_SB, w.where_SB, w.sum_SB, *histogram, state, tickets, count, *strides, slices, **cut,
+        **ended, RANDOM=wants.random, TRUNCATED=wants.truncated, RANKS=wants.ranks, BINS=BINS, **launch,
     )  # fmt: skip
     if not wants.random:
         return
     weigh_kernel[grid](
-        *given, words, w.mass_SB, *histogram, state, tickets, count, *strides, slices,
-        has_counts, wants.truncated, SLICE, BLOCK, padded, BINS, CHUNK, **LAUNCH,
+        *given, words, w.mass_SB, *histogram, state, tickets, count, *strides, slices, **cut,
+        **ended, TRUNCATED=wants.truncated, BINS=BINS, CHUNK=CHUNK, **launch,
     )  # fmt: skip
     if wants.truncated:
-        gather_kernel[grid](
-            *given, w.logit_SL, w.id_SL, state, tickets, *strides, has_counts, SLICE, BLOCK, BINS, LISTED, **LAUNCH
-        )
+        listed = {"BINS": BINS, "LISTED": config.listed}
+        lists = (w.logit_SL, w.id_SL, state, tickets)
+        gather_kernel[grid](*given, *lists, *strides, **cut, **listed, **launch)
+        cut_kernel[(count,)](*given, *lists, *strides, **(cut | {"BLOCK": config.searched}), **listed, **launch)
         mass_kernel[grid](
-            *given, words, w.mass_SB, state, tickets, count, *strides, slices,
-            has_counts, SLICE, BLOCK, padded, BINS, **LAUNCH,
-        )  # fmt: skip
+            *given, words, w.mass_SB, state, tickets, count, *strides, slices, **cut, **ended, BINS=BINS, **launch
+        )
     if wants.ranks:
-        rank_kernel[grid](*given, words, state, count, *strides, has_counts, SLICE, BLOCK, **LAUNCH)
+        rank_kernel[grid](*given, words, state, count, *strides, **cut, **launch)

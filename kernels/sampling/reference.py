@@ -1,19 +1,18 @@
 """The specification. A device kernel gives the same tokens, bit for bit; only log-probabilities may differ by rounding.
 
-1. Penalties, in float32: l > 0 ? l / repetition : l * repetition for tokens seen in prompt or output, then
+1. Penalties, in float32: l > 0 ? l * (1 / repetition) : l * repetition for tokens seen in prompt or output, then
    - frequency * count - presence * (count > 0).
 2. The best token: the largest l, the lowest id among equals. Greedy rows take it. The row is finite when l has no NaN
    and its largest l is finite.
-3. Weights: y = (l - best) * log2(e) / temperature in float32 and w = floor(2^40 * 2^y), an integer; 2^y by `exp2`.
-   Integers add up to the same sum in every order, so the result depends neither on blocks nor on threads.
-4. Order: l descending, ids ascending among equals. Kept is the prefix with y >= log2(min_p), of it the first top_k, of
-   them the shortest prefix that has at least top_p of their sum M. w = 0 is never kept.
+3. Weights: y = (best - l) * log2(e) / temperature in float32 and w = floor(2^40 * 2^-y), an integer; 2^-y by
+   `weight`. Integers add up to the same sum in every order, so the result depends neither on blocks nor on threads.
+4. Order: l descending, ids ascending among equals. Kept is the prefix with y <= -log2(min_p), of it the first top_k,
+   of them the shortest prefix that has at least top_p of their sum M. w = 0 is never kept.
 5. The token is read off the cumulative sums of the kept weights in order of ids: the first whose sum exceeds
    floor(uniform * M). No sort is needed to find it.
 
-How exact: w is off by at most 2^-40 of the best token's weight and by 1e-7 of itself, so no token's probability by more
-than 4e-7 of itself and 2^-40; what is dropped below 2^-40 of the best is together less than V * 2^-40 (1e-7 for 128 k).
-V < 2^23 keeps sums in 63 bits. The random number has 31 bits.
+How exact: w is off by 2e-7 of itself and less than 2^-40 of the best token's weight; all that is cut off so is together
+less than V * 2^-40 of the best (1e-7 for 128 k tokens). V < 2^23 keeps sums in 63 bits. The random number has 31 bits.
 
 Shapes: S rows, R those of them that are sampled, V vocabulary, Q running sequences with penalties.
 """
@@ -26,15 +25,15 @@ from kernels.sampling.rows import FRACTION, PER_TOKEN, UNCOUNTED, RowField, Samp
 
 ONE = 40
 """The best token weighs 2^ONE."""
-EXP2 = (
-    0.6931470632553101,
-    0.2402293086051941,
-    0.055485282093286514,
-    0.009675451554358006,
-    0.0012467846972867846,
-    0.00021612914861179888,
+HALVING = (
+    -0.6931470632553101,
+    0.24022436141967773,
+    -0.05549075827002525,
+    0.009579179808497429,
+    -0.0012747483560815454,
+    0.00010902324720518664,
 )
-"""2^f = 1 + f (EXP2[0] + f (EXP2[1] + ...)) for f in [0, 1): in float32 off by 9e-8 of itself and monotone."""
+"""2^-f = 1 + f (HALVING[0] + f (HALVING[1] + ...)) for f in [0, 1): in float32 off by 2e-7 of itself, and monotone."""
 
 
 def sample(logits_SV: torch.Tensor, rows: SamplingRows, counts_QV: torch.Tensor | None, out: Sampled) -> None:
@@ -68,23 +67,24 @@ def penalised(logits_RV: torch.Tensor, fields_RF: torch.Tensor, counts_QV: torch
     """The logits [R, V] after the penalties of rows that all have counts."""
     counts_RV = counts_QV[fields_RF[:, RowField.COUNTS].long(), : logits_RV.shape[1]]
     repetition_R1 = _floats(fields_RF, RowField.REPETITION)[:, None]
-    repeated_RV = torch.where(logits_RV > 0, logits_RV / repetition_R1, logits_RV * repetition_R1)
+    inverse_R1 = _floats(fields_RF, RowField.INVERSE)[:, None]
+    repeated_RV = logits_RV * torch.where(logits_RV > 0, inverse_R1, repetition_R1)
     shaped_RV = torch.where(counts_RV > 0, repeated_RV, logits_RV)
     generated_RV = counts_RV // PER_TOKEN
     shaped_RV = shaped_RV - _floats(fields_RF, RowField.FREQUENCY)[:, None] * generated_RV
     return shaped_RV - _floats(fields_RF, RowField.PRESENCE)[:, None] * (generated_RV > 0)
 
 
-def exp2(y: torch.Tensor) -> torch.Tensor:
-    """floor(2^(ONE + y)) for float32 y <= 0, int64: additions and multiplications that every machine rounds alike."""
-    y = y.clamp(min=-(ONE + 1.0))
-    floor = y.floor()
-    fraction = y - floor
-    power = torch.full_like(y, EXP2[-1])
-    for factor in reversed(EXP2[:-1]):
+def weight(octaves: torch.Tensor) -> torch.Tensor:
+    """floor(2^(ONE - y)), int64, for float32 y >= 0: additions and multiplications that every machine rounds alike."""
+    octaves = octaves.clamp(max=ONE + 1.0)
+    whole = octaves.int()
+    fraction = octaves - whole
+    power = torch.full_like(octaves, HALVING[-1])
+    for factor in reversed(HALVING[:-1]):
         power = power * fraction + factor
     power = power * fraction + 1.0
-    return (power * _two_to(floor.int() + ONE)).long()
+    return (power * _two_to(ONE - whole)).long()
 
 
 def scaled(numerator: torch.Tensor, mass: torch.Tensor, *, up: bool) -> torch.Tensor:
@@ -111,9 +111,9 @@ def _own(logits_RV: torch.Tensor, fields_RF: torch.Tensor) -> torch.Tensor:
 def _draw(logits_RV: torch.Tensor, fields_RF: torch.Tensor) -> torch.Tensor:
     """Token ids, int64 [R]."""
     best_R1 = logits_RV.max(dim=1, keepdim=True).values
-    octaves_RV = (logits_RV - best_R1) * _floats(fields_RF, RowField.SCALE)[:, None]
-    within_RV = octaves_RV >= _floats(fields_RF, RowField.REACH)[:, None]
-    weight_RV = torch.where(within_RV, exp2(octaves_RV), 0)
+    octaves_RV = (best_R1 - logits_RV) * _floats(fields_RF, RowField.SCALE)[:, None]
+    within_RV = octaves_RV <= _floats(fields_RF, RowField.REACH)[:, None]
+    weight_RV = torch.where(within_RV, weight(octaves_RV), 0)
     truncated_R = (fields_RF[:, RowField.TOP_K] > 0) | (fields_RF[:, RowField.TOP_P] > 0)
     for i in truncated_R.nonzero().squeeze(1).tolist():
         _truncate(logits_RV[i], weight_RV[i], fields_RF[i])

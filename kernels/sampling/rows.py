@@ -34,7 +34,7 @@ class RowField(IntEnum):
     SCALE = 0
     """float32: log2(e) / temperature; 0: greedy"""
     REACH = 1
-    """float32: log2(min_p), -inf without: weights further below the best (in octaves) are left out"""
+    """float32: -log2(min_p), inf without: weights further below the best (in octaves) are left out"""
     TOP_K = 2
     """0: all"""
     TOP_P = 3
@@ -47,11 +47,13 @@ class RowField(IntEnum):
     """float32"""
     REPETITION = 7
     """float32"""
-    COUNTS = 8
+    INVERSE = 8
+    """float32: 1 / repetition"""
+    COUNTS = 9
     """The row of the counts, or UNCOUNTED: no penalties"""
-    VOCAB = 9
+    VOCAB = 10
     """Columns of the logits that are this row's; 0: the row is left alone (padding, or sampled apart)"""
-    LOGPROB = 10
+    LOGPROB = 11
     """1: the chosen token's log-probability and rank are wanted"""
 
 
@@ -158,15 +160,16 @@ class RowValues:
         assert self.penalised or counts == UNCOUNTED, "a row of counts, but no penalties"
         assert not self.penalised or counts >= 0, "penalties, but no row of counts"
         return struct.pack(
-            "<2f3i3f3i20x",
+            "<2f3i4f3i16x",
             0.0 if self.greedy else math.log2(math.e) / max(self.temperature, MIN_TEMPERATURE),
-            math.log2(self.min_p) if self.min_p > 0 else -math.inf,
+            -math.log2(self.min_p) if self.min_p > 0 else math.inf,
             self.top_k if 0 < self.top_k < self.vocab else 0,
             max(1, round(self.top_p * 2**FRACTION)) if self.top_p < 1 else 0,
             uniform,
             self.presence,
             self.frequency,
             self.repetition,
+            1 / self.repetition,
             counts,
             self.vocab,
             self.logprob,

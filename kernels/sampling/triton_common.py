@@ -1,18 +1,21 @@
 """What the sampling kernels share: a row's logits, weights and keys, and what one stage leaves for the next.
 
-A row's `source` is (its logits, its counts, whether it has any, repetition, frequency, presence, vocabulary, width of
-the tensor); its `spread` is (best logit, scale, reach).
+A row's `source` is (its logits, its counts, whether it has any, repetition, its inverse, frequency, presence,
+vocabulary, width of the tensor); its `spread` is (best logit, scale, reach).
 
 Floats that decide which token is drawn are computed without fused multiply-adds (launches say so), by
-`reference.penalised` and `reference.exp2` literally.
+`reference.penalised` and `reference.weight` literally.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kernels.sampling.reference import EXP2, ONE
+from kernels.sampling.reference import HALVING, ONE
 from kernels.sampling.rows import COLUMNS, FRACTION, PER_TOKEN, RowField
 
 LINE_WIDTH = tl.constexpr(COLUMNS)
@@ -24,10 +27,11 @@ UNIFORM = tl.constexpr(int(RowField.UNIFORM))
 PRESENCE = tl.constexpr(int(RowField.PRESENCE))
 FREQUENCY = tl.constexpr(int(RowField.FREQUENCY))
 REPETITION = tl.constexpr(int(RowField.REPETITION))
+INVERSE = tl.constexpr(int(RowField.INVERSE))
 COUNTS_ROW = tl.constexpr(int(RowField.COUNTS))
 VOCAB = tl.constexpr(int(RowField.VOCAB))
 LOGPROB = tl.constexpr(int(RowField.LOGPROB))
-_E0, _E1, _E2, _E3, _E4, _E5 = (tl.constexpr(factor) for factor in EXP2)
+_H0, _H1, _H2, _H3, _H4, _H5 = (tl.constexpr(factor) for factor in HALVING)
 OCTAVES = tl.constexpr(ONE)
 FRACTION_BITS = tl.constexpr(FRACTION)
 FRACTION_MASK = tl.constexpr(2**FRACTION - 1)
@@ -86,6 +90,7 @@ def source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width):
         COUNTS + tl.maximum(counts, 0).to(tl.int64) * counts_stride,
         counts >= 0,
         float_of(tl.load(LINE + REPETITION)),
+        float_of(tl.load(LINE + INVERSE)),
         float_of(tl.load(LINE + FREQUENCY)),
         float_of(tl.load(LINE + PRESENCE)),
         tl.load(LINE + VOCAB),
@@ -102,13 +107,13 @@ def spread_of(LINE, STATES):
 @triton.jit
 def load_logits(source, ids, HAS_COUNTS: tl.constexpr):
     """The row's logits at `ids` after penalties; -inf beyond its vocabulary."""
-    LOGITS_V, COUNTS_V, counted, repetition, frequency, presence, vocab, width = source
+    LOGITS_V, COUNTS_V, counted, repetition, inverse, frequency, presence, vocab, width = source
     # The mask is by the tensor's width, which is a multiple of 16 where wide loads are possible at all.
     inside = ids < width
     logits = tl.load(LOGITS_V + ids, mask=inside, other=float("-inf"))
     if HAS_COUNTS and counted:
         count = tl.load(COUNTS_V + ids, mask=inside, other=0)
-        repeated = tl.where(logits > 0, tl.div_rn(logits, repetition), logits * repetition)
+        repeated = logits * tl.where(logits > 0, inverse, repetition)
         logits = tl.where(count > 0, repeated, logits)
         generated = count // COUNT_STEP
         logits = logits - frequency * generated.to(tl.float32)
@@ -123,29 +128,23 @@ def count_token(source, token, HAS_COUNTS: tl.constexpr):
 
 
 @triton.jit
-def two_to(y):
-    """`reference.exp2`."""
-    y = tl.maximum(y, -(OCTAVES + 1.0))
-    floor = tl.floor(y)
-    fraction = y - floor
-    power = _E5 * fraction + _E4
-    power = power * fraction + _E3
-    power = power * fraction + _E2
-    power = power * fraction + _E1
-    power = power * fraction + _E0
-    power = power * fraction + 1.0
-    two = ((floor.to(tl.int32) + (OCTAVES + 127)) << 23).to(tl.float32, bitcast=True)
-    return (power * two).to(tl.int64)
-
-
-@triton.jit
 def weigh(logits, spread, BINS: tl.constexpr):
     """(weights, bins). Weight 0: left out, by min-p or for being too small. Bins ascend as logits descend."""
     best, scale, reach = spread
-    octaves = (logits - best) * scale
-    weights = tl.where(octaves >= reach, two_to(octaves), 0)
-    bins = (tl.maximum(octaves, -(OCTAVES + 1.0)) * -BINS_PER_OCTAVE).to(tl.int32)
-    return weights, tl.minimum(bins, BINS - 1)
+    octaves = (best - logits) * scale
+    within = octaves <= reach
+    octaves = tl.minimum(octaves, OCTAVES + 1.0)
+    whole = octaves.to(tl.int32)
+    fraction = octaves - whole.to(tl.float32)
+    power = _H5 * fraction + _H4
+    power = power * fraction + _H3
+    power = power * fraction + _H2
+    power = power * fraction + _H1
+    power = power * fraction + _H0
+    power = power * fraction + 1.0
+    unit = float_of((-whole + (OCTAVES + 127)) << 23)
+    bins = tl.minimum((octaves * BINS_PER_OCTAVE).to(tl.int32), BINS - 1)
+    return tl.where(within, (power * unit).to(tl.int64), 0), bins
 
 
 @triton.jit

@@ -1,14 +1,18 @@
-"""Sampling in up to five launches over (slices of a row, rows); each stage's last program of a row ends it for the row.
+"""Sampling in up to six launches over (slices of a row, rows); a stage's last program of a row ends it for the row.
 
 best     the largest logit; greedy rows are done
 weigh    weights and their sum; rows that are not truncated are done; the others fill a histogram of 64 bins per octave
-gather   the tokens in the bins in which the thresholds lie; the exact threshold among them (`triton_truncate`)
+gather   the tokens in the bins in which the thresholds lie (`triton_truncate`)
+cut      the exact threshold among them; one program per row
 mass     what the kept tokens weigh; the token
 rank     how many tokens were likelier, for rows that want it
 
 "Last" is who takes the last ticket: all that a program has written is visible to who takes a later ticket (a barrier,
 then an atomic with acquire and release). Counts and weights are integers, so the order of atomics changes nothing.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ def best_kernel(
     LOGITS, COUNTS, FIELDS, OUT, BEST, WHERE, SUM, HIST_COUNT, HIST_WEIGHT, STATE, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, RANDOM: tl.constexpr, TRUNCATED: tl.constexpr, RANKS: tl.constexpr,
-    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     LINE = FIELDS + row * LINE_WIDTH
@@ -59,28 +63,18 @@ def best_kernel(
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
     truncated = (tl.load(LINE + TOP_K) > 0) | (tl.load(LINE + TOP_P) > 0)
     ranked = tl.load(LINE + LOGPROB) != 0
-    lanes = part * SLICE + tl.arange(0, BLOCK)
-    best_B = tl.full([BLOCK], float("-inf"), tl.float32)
-    id_B = lanes
-    nan_B = tl.zeros([BLOCK], tl.int32)
-    for start in tl.static_range(0, SLICE, BLOCK):
-        logits = load_logits(source, lanes + start, HAS_COUNTS)
-        nan_B |= (logits != logits).to(tl.int32)
-        id_B = tl.where(logits > best_B, lanes + start, id_B)
-        best_B = tl.where(logits > best_B, logits, best_B)
-    best = tl.max(best_B, 0)
-    where = tl.min(tl.where(best_B == best, id_B, LAST_ID), 0)
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    logits = load_logits(source, ids, HAS_COUNTS)
+    best = tl.max(tl.where(logits == logits, logits, float("-inf")), 0)
+    where = tl.min(tl.where(logits != logits, -1, tl.where(logits == best, ids, LAST_ID)), 0)
     tl.store(BEST + row * slice_stride + part, best)
-    tl.store(WHERE + row * slice_stride + part, tl.where(tl.max(nan_B, 0) > 0, -1, where))
+    tl.store(WHERE + row * slice_stride + part, where)
     if ranked:
-        sum_B = tl.zeros([BLOCK], tl.float32)
-        for start in tl.static_range(0, SLICE, BLOCK):
-            logits = load_logits(source, lanes + start, HAS_COUNTS)
-            sum_B += tl.where(logits > float("-inf"), tl.exp(logits - best), 0.0)
-        tl.store(SUM + row * slice_stride + part, tl.sum(sum_B, 0))
+        total = tl.sum(tl.where(logits > float("-inf"), tl.exp(logits - best), 0.0), 0)
+        tl.store(SUM + row * slice_stride + part, total)
     if TRUNCATED and truncated:
-        for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
-            bins = start + tl.arange(0, BLOCK)
+        for first in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
+            bins = first + tl.arange(0, BLOCK)
             tl.store(HIST_COUNT + row * BINS + bins, tl.zeros([BLOCK], tl.int32), mask=bins < BINS)
             tl.store(HIST_WEIGHT + row * BINS + bins, tl.zeros([BLOCK], tl.int64), mask=bins < BINS)
     if is_last(TICKETS + row * TICKET_WIDTH, 0):
@@ -141,7 +135,7 @@ def weigh_kernel(
     LOGITS, COUNTS, FIELDS, OUT, MASS, HIST_COUNT, HIST_WEIGHT, STATE, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, TRUNCATED: tl.constexpr,
-    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
@@ -152,17 +146,13 @@ def weigh_kernel(
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
     spread = spread_of(LINE, STATES)
     top_k, top_p = tl.load(LINE + TOP_K), tl.load(LINE + TOP_P)
-    lanes = part * SLICE + tl.arange(0, BLOCK)
-    mass_B = tl.zeros([BLOCK], tl.int64)
-    for start in tl.static_range(0, SLICE, BLOCK):
-        weights, bins = weigh(load_logits(source, lanes + start, HAS_COUNTS), spread, BINS)
-        mass_B += weights
-        if TRUNCATED:
-            if top_k > 0:
-                tl.atomic_add(HIST_COUNT + row * BINS + bins, 1, mask=weights > 0, sem="relaxed")
-            if top_p > 0:
-                tl.atomic_add(HIST_WEIGHT + row * BINS + bins, weights, mask=weights > 0, sem="relaxed")
-    tl.store(MASS + row * slice_stride + part, tl.sum(mass_B, 0))
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    weights, bins = weigh(load_logits(source, ids, HAS_COUNTS), spread, BINS)
+    if TRUNCATED and top_k > 0:
+        tl.atomic_add(HIST_COUNT + row * BINS + bins, 1, mask=weights > 0, sem="relaxed")
+    if TRUNCATED and top_p > 0:
+        tl.atomic_add(HIST_WEIGHT + row * BINS + bins, weights, mask=weights > 0, sem="relaxed")
+    tl.store(MASS + row * slice_stride + part, tl.sum(weights, 0))
     if is_last(TICKETS + row * TICKET_WIDTH, 1):
         if (top_k > 0) | (top_p > 0):
             if TRUNCATED:
@@ -170,15 +160,14 @@ def weigh_kernel(
         else:
             _draw(
                 source, spread, LINE, STATES, OUT + row, MASS + row * slice_stride, rows,
-                HAS_COUNTS, False, SLICE, BLOCK, PADDED, BINS,
+                HAS_COUNTS, False, BLOCK, PADDED, BINS,
             )  # fmt: skip
 
 
 @triton.jit
 def mass_kernel(
     LOGITS, COUNTS, FIELDS, OUT, MASS, STATE, TICKETS, rows, stride, counts_stride, width, slice_stride,
-    HAS_COUNTS: tl.constexpr,
-    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
@@ -188,15 +177,13 @@ def mass_kernel(
         return
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
     spread = spread_of(LINE, STATES)
-    lanes = part * SLICE + tl.arange(0, BLOCK)
-    mass_B = tl.zeros([BLOCK], tl.int64)
-    for start in tl.static_range(0, SLICE, BLOCK):
-        mass_B += _kept(source, spread, STATES, lanes + start, HAS_COUNTS, True, BINS)
-    tl.store(MASS + row * slice_stride + part, tl.sum(mass_B, 0))
-    if is_last(TICKETS + row * TICKET_WIDTH, 3):
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    weights = _kept(source, spread, STATES, ids, HAS_COUNTS, True, BINS)
+    tl.store(MASS + row * slice_stride + part, tl.sum(weights, 0))
+    if is_last(TICKETS + row * TICKET_WIDTH, 2):
         _draw(
             source, spread, LINE, STATES, OUT + row, MASS + row * slice_stride, rows,
-            HAS_COUNTS, True, SLICE, BLOCK, PADDED, BINS,
+            HAS_COUNTS, True, BLOCK, PADDED, BINS,
         )  # fmt: skip
 
 
@@ -214,7 +201,7 @@ def _kept(source, spread, STATES, ids, HAS_COUNTS: tl.constexpr, CUT: tl.constex
 @triton.jit
 def _draw(
     source, spread, LINE, STATES, OUT, MASS_B, rows, HAS_COUNTS: tl.constexpr, CUT: tl.constexpr,
-    SLICE: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """The token at the row's random number, from the weights of its slices."""
     parts = tl.arange(0, PADDED)
@@ -223,13 +210,9 @@ def _draw(
     target = share_of(tl.load(LINE + UNIFORM), tl.sum(mass_P, 0), False)
     before_P = sums_P <= target
     target -= tl.max(tl.where(before_P, sums_P, 0), 0)
-    token = tl.sum(before_P.to(tl.int32), 0) * SLICE
-    lanes = token + tl.arange(0, BLOCK)
-    before = tl.zeros_like(target)
-    for start in range(0, SLICE, BLOCK):
-        weights = _kept(source, spread, STATES, lanes + start, HAS_COUNTS, CUT, BINS)
-        token += tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
-        before += tl.sum(weights, 0)
+    first = tl.sum(before_P.to(tl.int32), 0) * BLOCK
+    weights = _kept(source, spread, STATES, first + tl.arange(0, BLOCK), HAS_COUNTS, CUT, BINS)
+    token = first + tl.sum((tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
     tl.store(OUT, token)
     tl.store(OUT + rows, 1)
     if tl.load(LINE + LOGPROB) != 0:
@@ -243,7 +226,7 @@ def _draw(
 @triton.jit
 def rank_kernel(
     LOGITS, COUNTS, FIELDS, OUT, STATE, rows, stride, counts_stride, width,
-    HAS_COUNTS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
@@ -253,12 +236,9 @@ def rank_kernel(
         return
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
     chosen, token = float_of(tl.load(STATES + CHOSEN_LOGIT)), tl.load(OUT + row)
-    lanes = part * SLICE + tl.arange(0, BLOCK)
-    likelier_B = tl.zeros([BLOCK], tl.int32)
-    for start in tl.static_range(0, SLICE, BLOCK):
-        # The token itself has been counted since: its logit is another now.
-        logits = load_logits(source, lanes + start, HAS_COUNTS)
-        likelier_B += ((logits > chosen) & (lanes + start != token)).to(tl.int32)
-    likelier = tl.sum(likelier_B, 0)
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    # The token itself has been counted since: its logit is another now.
+    logits = load_logits(source, ids, HAS_COUNTS)
+    likelier = tl.sum(((logits > chosen) & (ids != token)).to(tl.int32), 0)
     if likelier > 0:
         tl.atomic_add(OUT + 2 * rows + row, likelier, sem="relaxed")

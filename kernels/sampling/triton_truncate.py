@@ -5,6 +5,9 @@ few tokens, which are listed and bisected by their keys. Should there be more of
 equal logits do no harm, ten thousand do), the whole row is searched instead: slow, but as exact.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -30,7 +33,6 @@ from kernels.sampling.triton_common import (
     TOP_P,
     VOCAB,
     bits_of,
-    is_last,
     key_of,
     load_logits,
     logit_of,
@@ -95,7 +97,7 @@ def bracket(STATES, HIST_COUNT_H, HIST_WEIGHT_H, top_k, top_p, BINS: tl.constexp
 @triton.jit
 def gather_kernel(
     LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, TICKETS, stride, counts_stride, width,
-    HAS_COUNTS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
@@ -109,29 +111,25 @@ def gather_kernel(
     k_bin, first, last = tl.load(STATES + K_BIN), tl.load(STATES + P_FIRST), tl.load(STATES + P_LAST)
     LENGTH = TICKETS + row * TICKET_WIDTH + LIST_LENGTH
     LOGIT_L, ID_L = LIST_LOGIT + row * LISTED, LIST_ID + row * LISTED
-    lanes = part * SLICE + tl.arange(0, BLOCK)
-    for start in tl.static_range(0, SLICE, BLOCK):
-        logits = load_logits(source, lanes + start, HAS_COUNTS)
-        weights, bins = weigh(logits, spread, BINS)
-        near = (weights > 0) & ((bins == k_bin) | ((bins >= first) & (bins <= last)))
-        found = tl.sum(near.to(tl.int32), 0)
-        if found > 0:
-            place = tl.atomic_add(LENGTH, found, sem="relaxed") + tl.cumsum(near.to(tl.int32), 0) - 1
-            tl.store(LOGIT_L + place, logits, mask=near & (place < LISTED))
-            tl.store(ID_L + place, lanes + start, mask=near & (place < LISTED))
-    if is_last(TICKETS + row * TICKET_WIDTH, 2):
-        listed = tl.load(LENGTH)
-        tl.store(LENGTH, 0)
-        _cut(source, spread, STATES, LOGIT_L, ID_L, listed, top_k, top_p, HAS_COUNTS, BLOCK, BINS, LISTED)
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    logits = load_logits(source, ids, HAS_COUNTS)
+    weights, bins = weigh(logits, spread, BINS)
+    near = (weights > 0) & ((bins == k_bin) | ((bins >= first) & (bins <= last)))
+    found = tl.sum(near.to(tl.int32), 0)
+    if found > 0:
+        place = tl.atomic_add(LENGTH, found, sem="relaxed") + tl.cumsum(near.to(tl.int32), 0) - 1
+        tl.store(LOGIT_L + place, logits, mask=near & (place < LISTED))
+        tl.store(ID_L + place, ids, mask=near & (place < LISTED))
 
 
 @triton.jit
 def _members(
-    source, spread, LOGIT_L, ID_L, listed, index, first, last, equal,
-    BY: tl.constexpr, HAS_COUNTS: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
+    source, spread, LOGIT_L, ID_L, listed, start, by, first, last, equal,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """(keys, measures) of the list's elements at `index`, or of the row's where the list is too short. Measured is what
-    lies in bins first to last, or by id what has the key `equal`; others measure 0."""
+    """(keys, measures, weights) of the list's elements from `start` on, or of the row's where the list overflowed. What
+    lies outside of bins first to last, and by id what has not the key `equal`, measures and weighs 0."""
+    index = start + tl.arange(0, BLOCK)
     if listed > LISTED:
         logits = load_logits(source, index, HAS_COUNTS)
         ids = index
@@ -140,101 +138,92 @@ def _members(
         ids = tl.load(ID_L + index, mask=index < listed, other=0)
     weights, bins = weigh(logits, spread, BINS)
     keys = key_of(logits)
-    inside = (bins >= first) & (bins <= last) & (weights > 0)
-    if BY == _BY_ID:
-        inside &= keys == equal
-        keys = -ids.to(tl.int64)
-    if BY != _BY_WEIGHT:
-        weights = tl.full(weights.shape, 1, tl.int64)
-    return keys, tl.where(inside, weights, 0)
-
-
-@triton.jit
-def _at_least(
-    source, spread, LOGIT_L, ID_L, listed, bound, first, last, equal,
-    BY: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    """The measures of all whose key is at least `bound`."""
-    total_B = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, tl.where(listed > LISTED, source[6], listed), BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        keys, measures = _members(
-            source, spread, LOGIT_L, ID_L, listed, index, first, last, equal, BY, HAS_COUNTS, BINS, LISTED
-        )
-        total_B += tl.where(keys >= bound, measures, 0)
-    return tl.sum(total_B, 0)
+    weights = tl.where((bins >= first) & (bins <= last) & ((by != _BY_ID) | (keys == equal)), weights, 0)
+    measures = tl.where(by == _BY_WEIGHT, weights, (weights > 0).to(tl.int64))
+    return tl.where(by == _BY_ID, -ids.to(tl.int64), keys), measures, weights
 
 
 @triton.jit
 def _select(
-    source, spread, LOGIT_L, ID_L, listed, target, first, last, equal,
-    BY: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
+    source, spread, LOGIT_L, ID_L, listed, by, target, first, last, equal,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """(largest key such that the measures of all from it on reach the target, those above it, those from it on)"""
+    """The largest key such that the measures of all from it on reach the target; the measures of those above it, their
+    weights; how many have it."""
+    stop = tl.where(listed > LISTED, source[7], listed)
     low, high = target * 0 - LOWEST_KEY, target * 0 + LOWEST_KEY
-    for start in range(0, tl.where(listed > LISTED, source[6], listed), BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        keys, measures = _members(
-            source, spread, LOGIT_L, ID_L, listed, index, first, last, equal, BY, HAS_COUNTS, BINS, LISTED
+    for start in range(0, stop, BLOCK):
+        keys, measures, _ = _members(
+            source, spread, LOGIT_L, ID_L, listed, start, by, first, last, equal, HAS_COUNTS, BLOCK, BINS, LISTED
         )
         low = tl.minimum(low, tl.min(tl.where(measures > 0, keys, -LOWEST_KEY), 0))
         high = tl.maximum(high, tl.max(tl.where(measures > 0, keys, LOWEST_KEY), 0))
     high += 1
     while high - low > 1:
-        middle = low + (high - low) // 2
-        reached = _at_least(
-            source, spread, LOGIT_L, ID_L, listed, middle, first, last, equal, BY, HAS_COUNTS, BLOCK, BINS, LISTED
+        middle = (low + high) >> 1
+        reached_B = tl.zeros([BLOCK], tl.int64)
+        for start in range(0, stop, BLOCK):
+            keys, measures, _ = _members(
+                source, spread, LOGIT_L, ID_L, listed, start, by, first, last, equal, HAS_COUNTS, BLOCK, BINS, LISTED
+            )
+            reached_B += tl.where(keys >= middle, measures, 0)
+        enough = tl.sum(reached_B, 0) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    above, mass, ties = target * 0, target * 0, target * 0
+    for start in range(0, stop, BLOCK):
+        keys, measures, weights = _members(
+            source, spread, LOGIT_L, ID_L, listed, start, by, first, last, equal, HAS_COUNTS, BLOCK, BINS, LISTED
         )
-        low = tl.where(reached >= target, middle, low)
-        high = tl.where(reached >= target, high, middle)
-    above = _at_least(
-        source, spread, LOGIT_L, ID_L, listed, low + 1, first, last, equal, BY, HAS_COUNTS, BLOCK, BINS, LISTED
-    )
-    reached = _at_least(
-        source, spread, LOGIT_L, ID_L, listed, low, first, last, equal, BY, HAS_COUNTS, BLOCK, BINS, LISTED
-    )
-    return low, above, reached
+        above += tl.sum(tl.where(keys > low, measures, 0), 0)
+        mass += tl.sum(tl.where(keys > low, weights, 0), 0)
+        ties += tl.sum(((keys == low) & (weights > 0)).to(tl.int64), 0)
+    return low, above, mass, ties
 
 
 @triton.jit
-def _cut(
-    source, spread, STATES, LOGIT_L, ID_L, listed, top_k, top_p,
+def cut_kernel(
+    LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, TICKETS, stride, counts_stride, width,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """The last logit that is kept, and the last id of those that have it."""
-    k_bin = tl.load(STATES + K_BIN)
-    key = k_bin * 0 + LOWEST_KEY
-    take = k_bin * 0 + LAST_ID
-    ties = k_bin * 0
+    """The last logit that is kept, and the last id of those that have it: by count, then by weight, then by id."""
+    row = tl.program_id(0)
+    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    if tl.load(LINE + VOCAB) == 0:
+        return
+    top_k, top_p = tl.load(LINE + TOP_K), tl.load(LINE + TOP_P)
+    if (tl.load(STATES + PENDING) == 0) | ((top_k == 0) & (top_p == 0)):
+        return
+    source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
+    spread = spread_of(LINE, STATES)
+    LOGIT_L, ID_L = LIST_LOGIT + row * LISTED, LIST_ID + row * LISTED
+    LENGTH = TICKETS + row * TICKET_WIDTH + LIST_LENGTH
+    listed = tl.load(LENGTH)
+    tl.debug_barrier()
+    tl.store(LENGTH, 0)
+    k_bin, p_first, p_last = tl.load(STATES + K_BIN), tl.load(STATES + P_FIRST), tl.load(STATES + P_LAST)
     mass = tl.load(STATES + K_MASS)
-    if (top_k > 0) & (k_bin < BINS):
-        target = top_k - tl.load(STATES + K_ABOVE)
-        key, above, reached = _select(
-            source, spread, LOGIT_L, ID_L, listed, target, k_bin, k_bin, key,
-            _BY_COUNT, HAS_COUNTS, BLOCK, BINS, LISTED,
-        )  # fmt: skip
-        take, ties = target - above, reached - above
-        if top_p > 0:
-            one, _ = weigh(logit_of(key), spread, BINS)
-            mass += take * one + _at_least(
-                source, spread, LOGIT_L, ID_L, listed, key + 1, k_bin, k_bin, key,
-                _BY_WEIGHT, HAS_COUNTS, BLOCK, BINS, LISTED,
-            )  # fmt: skip
-    if top_p > 0:
-        target = share_of(top_p, mass, True) - tl.load(STATES + P_MASS)
-        p_key, above, reached = _select(
-            source, spread, LOGIT_L, ID_L, listed, target, tl.load(STATES + P_FIRST), tl.load(STATES + P_LAST), key,
-            _BY_WEIGHT, HAS_COUNTS, BLOCK, BINS, LISTED,
-        )  # fmt: skip
-        one, _ = weigh(logit_of(p_key), spread, BINS)
-        p_take = (target - above + one - 1) // one
-        take = tl.where(p_key > key, p_take, tl.minimum(take, p_take))
-        ties = (reached - above) // one
-        key = p_key
-    tl.store(STATES + CUT_LOGIT, bits_of(tl.where(key == LOWEST_KEY, float("-inf"), logit_of(key))))
-    tl.store(STATES + CUT_ID, LAST_ID)
-    if take < ties:
-        last_id, _, _ = _select(
-            source, spread, LOGIT_L, ID_L, listed, take, 0, BINS, key, _BY_ID, HAS_COUNTS, BLOCK, BINS, LISTED
+    key, take, ties, cut_id = k_bin * 0 + LOWEST_KEY, k_bin * 0 + LAST_ID, k_bin * 0, k_bin * 0 + LAST_ID
+    for by in range(3):
+        wanted = tl.where(
+            by == _BY_COUNT, (top_k > 0) & (k_bin < BINS), tl.where(by == _BY_WEIGHT, top_p > 0, take < ties)
         )
-        tl.store(STATES + CUT_ID, -last_id)
+        target = tl.where(by == _BY_COUNT, top_k - tl.load(STATES + K_ABOVE), take)
+        target = tl.where(by == _BY_WEIGHT, share_of(top_p, mass, True) - tl.load(STATES + P_MASS), target)
+        first = tl.where(by == _BY_COUNT, k_bin, tl.where(by == _BY_WEIGHT, p_first, 0))
+        last = tl.where(by == _BY_COUNT, k_bin, tl.where(by == _BY_WEIGHT, p_last, BINS))
+        if wanted:
+            found, above, above_mass, found_ties = _select(
+                source, spread, LOGIT_L, ID_L, listed, by, target, first, last, key, HAS_COUNTS, BLOCK, BINS, LISTED
+            )
+            if by == _BY_ID:
+                cut_id = -found
+            else:
+                weight, _ = weigh(logit_of(found), spread, BINS)
+                each = tl.where(by == _BY_WEIGHT, weight, 1)
+                taken = (target - above + each - 1) // each
+                take = tl.where(found == key, tl.minimum(take, taken), taken)
+                key, ties = found, found_ties
+                mass += above_mass + taken * weight
+    tl.store(STATES + CUT_LOGIT, bits_of(tl.where(key == LOWEST_KEY, float("-inf"), logit_of(key))))
+    tl.store(STATES + CUT_ID, cut_id)

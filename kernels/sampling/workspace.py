@@ -1,4 +1,4 @@
-"""Scratch memory of the device kernels. Every launch leaves it ready for the next."""
+"""Scratch memory of the device kernels, and how they cut up a row. Every launch leaves it ready for the next."""
 
 from __future__ import annotations
 
@@ -6,21 +6,31 @@ from dataclasses import dataclass
 
 import torch
 
-SLICE = 4096
-"""Columns of a row that one program reads"""
 BINS = 2560
 """64 for each octave of weights"""
-LISTED = 8192
-"""How many tokens near a threshold are kept apart; where there are more, the whole row is searched instead"""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a row is cut. Powers of two."""
+
+    columns: int = 1024
+    """Of a row, held by one program"""
+    listed: int = 8192
+    """How many tokens near a threshold are kept apart; where there are more, the whole row is searched instead"""
+    searched: int = 256
+    """Of those, held at a time"""
+    warps: int = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """For at most S rows of at most V columns: 31 KB per row for its histogram, 64 KB for its list, and little else.
+    """For at most S rows of at most V columns: 30 KB a row for its histogram, 64 KB for its list, and little else.
 
-    B = ceil(V / SLICE) slices.
+    B = ceil(V / config.columns) slices of a row.
     """
 
+    config: Config
     best_SB: torch.Tensor
     """float32: the largest logit of each slice"""
     where_SB: torch.Tensor
@@ -34,30 +44,32 @@ class Workspace:
     weight_SH: torch.Tensor
     """int64 [S, BINS]: and their sums"""
     logit_SL: torch.Tensor
-    """float32 [S, LISTED]"""
+    """float32 [S, config.listed]"""
     id_SL: torch.Tensor
-    """int32 [S, LISTED]"""
+    """int32 [S, config.listed]"""
     state_SX: torch.Tensor
     """int64 [S, 16]: what one stage finds out for the next"""
     tickets_SX: torch.Tensor
     """int32 [S, 8]: how many programs of each stage have finished; 0 between launches"""
 
     @classmethod
-    def empty(cls, rows: int, vocab: int, device: torch.device | str) -> Workspace:
-        slices = -(-vocab // SLICE)
+    def empty(cls, rows: int, vocab: int, device: torch.device | str, config: Config | None = None) -> Workspace:
+        config = config or Config()
+        slices = -(-vocab // config.columns)
 
         def new(columns: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros((rows, columns), dtype=dtype, device=device)
+            return torch.empty((rows, columns), dtype=dtype, device=device)
 
         return cls(
+            config,
             new(slices, torch.float32),
             new(slices, torch.int32),
             new(slices, torch.float32),
             new(slices, torch.int64),
             new(BINS, torch.int32),
             new(BINS, torch.int64),
-            new(LISTED, torch.float32),
-            new(LISTED, torch.int32),
+            new(config.listed, torch.float32),
+            new(config.listed, torch.int32),
             new(16, torch.int64),
-            new(8, torch.int32),
+            torch.zeros((rows, 8), dtype=torch.int32, device=device),
         )
