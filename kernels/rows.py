@@ -8,14 +8,20 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.device import UNIT, DeviceDeltas, Kinds, Partials, Planes, Target
+from kernels.device import UNIT, DeviceDeltas, Field, Kinds, Partials, Planes, Target
 from kernels.fragments import TILE_COLUMNS, tiles
-from kernels.planes import MAX_INPUTS, slice_width
+from kernels.planes import LARGEST, MAX_INPUTS, slice_width
 
 _UNIT_BITS = tl.constexpr(UNIT * 8)
+_LARGEST = tl.constexpr(float(LARGEST))
+_FLOATS = tl.constexpr(UNIT // 4)
+_COL = tl.constexpr(int(Field.COL))
+_PLANES = tl.constexpr(int(Field.PLANES))
 _PROGRAMS = 256
 """Enough for every multiprocessor to have one or two."""
 _MAX_PARTS = 8
+_WIDEST_SLICE = 2048
+"""Columns whose planes a program has in registers at once."""
 
 
 @triton.jit
@@ -27,6 +33,37 @@ def vector_pointer(SLAB, STARTS, entry, start):
     """
     per_unit: tl.constexpr = _UNIT_BITS // SLAB.dtype.element_ty.primitive_bitwidth
     return SLAB + tl.load(STARTS + entry).to(tl.int64) * per_unit + start
+
+
+@triton.jit
+def column_sets(TABLE_ROW, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many column sets a row has planes of: one, unless its variant has column scales.
+
+    Args:
+        TABLE_ROW: `table_EJF` at the row's entry and the target. COLUMNS: whether any variant has column scales.
+    """
+    sets = 1
+    if COLUMNS:
+        sets = tl.where(tl.load(TABLE_ROW + _COL) >= 0, tl.load(TABLE_ROW + _PLANES) * MEMBERS, 1)
+    return sets
+
+
+@triton.jit
+def columns_at(FLOATS, TABLE_ROW, c, k, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The column scales of set c at columns k, 1 where the row's variant has none. FLOATS: the slab as float32."""
+    scales = 1.0
+    if COLUMNS:
+        offset = tl.load(TABLE_ROW + _COL)
+        SET = FLOATS + offset.to(tl.int64) * _FLOATS + c * (BLOCKS * 256)
+        scales = tl.load(SET + k, mask=k < tl.where(offset >= 0, BLOCKS * 256, 0), other=1.0)
+    return scales
+
+
+@triton.jit
+def store_statistics(SCALE, SUM, amax, total):
+    """What the planes of one row of one column set are scaled with, and what they add up to."""
+    tl.store(SCALE, tl.maximum(amax, 1e-30) / _LARGEST)
+    tl.store(SUM, total)
 
 
 def parts_of(rows: int) -> int:
@@ -46,18 +83,17 @@ def partial_arguments(partials: Partials | None, rows: int, columns: int) -> tup
 
 
 def plane_arguments(
-    planes: Planes | None, target: Target | None, deltas: DeviceDeltas, kinds: Kinds, rows: int, inputs: int, parts: int
+    planes: Planes | None, target: Target | None, deltas: DeviceDeltas, kinds: Kinds, rows: int, inputs: int
 ) -> tuple[list[Any], dict[str, Any], int]:
-    """What `store_row` wants: (WORDS, SCALE, SUM, FLOATS, TABLE, target, targets, the strides), its constants, and into
-    how many slices it cuts a row."""
+    """Of a kernel that writes planes: (WORDS, SCALE, SUM, FLOATS, TABLE, target, targets, both strides), the constants,
+    and how many programs a row has. Each writes the planes of EACH slices of KS columns, one after another."""
     if planes is None or target is None:
         assert planes is None
         assert target is None
-        return [None] * 5 + [0, 0, 0, 0], {"PLANES": False, "MEMBERS": 0, "COLUMNS": False, "KS": 0}, 1
+        return [None] * 5 + [0] * 4, {"PLANES": False, "MEMBERS": 0, "COLUMNS": False, "KS": 0, "EACH": 0}, 1
     assert target.inputs == inputs <= MAX_INPUTS, f"{inputs} inputs, the target has {target.inputs}"
-    assert planes.words_CTW.shape == (planes.scale_CT.shape[0], rows, tiles(1, inputs)[1] * 128)
-    sets, width = kinds.sets(target), slice_width(inputs, parts)
-    assert planes.words_CTW.shape[0] >= sets, f"{sets} column sets, room for {planes.words_CTW.shape[0]}"
+    assert planes.words_CTW.shape[0] >= kinds.sets(target), f"no room for {kinds.sets(target)} column sets"
+    assert planes.words_CTW.shape[1:] == (rows, tiles(1, inputs)[1] * 128)
     arguments = [
         planes.words_CTW,
         planes.scale_CT,
@@ -69,8 +105,11 @@ def plane_arguments(
         planes.words_CTW.stride(0),
         planes.scale_CT.stride(0),
     ]
-    constants = {"PLANES": True, "MEMBERS": len(target.members), "COLUMNS": kinds.columns, "KS": width}
-    return arguments, constants, triton.cdiv(inputs, width)
+    width = min(_WIDEST_SLICE, slice_width(inputs, parts_of(rows)))
+    slices = triton.cdiv(inputs, width)
+    each = triton.cdiv(slices, parts_of(rows))
+    constants = {"PLANES": True, "MEMBERS": len(target.members), "COLUMNS": kinds.columns, "KS": width, "EACH": each}
+    return arguments, constants, triton.cdiv(slices, each)
 
 
 def span_start(span: tuple[int, int] | None, elements: int) -> int:

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from kernels.device import FIELDS
-from kernels.planes import store_row, sum_partials
-from kernels.rows import vector_pointer
+from kernels.planes import quantize, store_planes, sum_partials
+from kernels.rows import column_sets, columns_at, store_statistics, vector_pointer
 
 _FIELDS = tl.constexpr(FIELDS)
 
@@ -29,49 +29,57 @@ def _stream(
 
 
 @triton.jit
-def _scaled(x, rstd, WEIGHT, k, K: tl.constexpr):
+def _scaled(x, rstd, weight):
     """In the compute dtype: rounded before the weight and after it, as transformers does."""
-    weight = tl.load(WEIGHT + k, mask=k < K, other=0.0)
     return ((x * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)
 
 
-@triton.jit(do_not_specialize=["T", "target", "targets"])
+@triton.jit(do_not_specialize=["T", "target", "targets", "scale_stride"])
 def add_norm_kernel(
     RESIDUAL, BASE, DELTA, SLAB, STARTS, ENTRY, ROWS, RESIDUAL_OUT, OUT, WORDS, SCALE, SUM, FLOATS, TABLE,
     eps, T, weight, bias, target, targets, words_stride, scale_stride,
-    K: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, KEEP: tl.constexpr, PLANES: tl.constexpr, MEMBERS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ROWS: tl.constexpr, KEEP: tl.constexpr, PLANES: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
+    KS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, which): the whole row in registers; slice `which` of its planes; the first writes all else.
+    """Program (row, part): the whole row in registers; EACH slices of its planes; the first writes all else.
 
     Args:
         weight, bias: where they begin in each entry's block of vectors.
         SPLIT: base partials; 0: nothing is added. KEEP: write RESIDUAL_OUT. HAS_ROWS: of ROWS[row], not of row.
     """
     row = tl.program_id(0)
-    which = tl.program_id(1)
+    part = tl.program_id(1)
     source = row
     if HAS_ROWS:
         source = tl.load(ROWS + row)
     entry = tl.load(ENTRY + source)
     k = tl.arange(0, KP)
+    WEIGHT = vector_pointer(SLAB, STARTS, entry, weight)
+    w = tl.load(WEIGHT + k, mask=k < K, other=0.0)
     x = _stream(RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, k, T, K, SPLIT, HAS_DELTA, HAS_BIAS)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
-    WEIGHT = vector_pointer(SLAB, STARTS, entry, weight)
-    y = _scaled(x, rstd, WEIGHT, k, K)
-    if which == 0:
+    y = _scaled(x, rstd, w)
+    if part == 0:
         tl.store(OUT + row.to(tl.int64) * K + k, y, mask=k < K)
         if KEEP:
             tl.store(RESIDUAL_OUT + row.to(tl.int64) * K + k, x.to(RESIDUAL_OUT.dtype.element_ty), mask=k < K)
     if PLANES:
         whole = y.to(tl.float32)
-        part = whole
-        if KS < KP:
-            k = which * KS + tl.arange(0, KS)
-            x = _stream(RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, k, T, K, SPLIT, HAS_DELTA, HAS_BIAS)
-            part = _scaled(x, rstd, WEIGHT, k, K).to(tl.float32)
-        store_row(
-            whole, part, WORDS, SCALE, SUM, FLOATS, TABLE + (entry * targets + target) * _FIELDS, row, which,
-            words_stride, scale_stride, (K + 255) // 256, MEMBERS, COLUMNS, KP, KS,
-        )  # fmt: skip
+        blocks: tl.constexpr = (K + 255) // 256
+        TABLE_ROW = TABLE + (entry * targets + target) * _FIELDS
+        for c in range(column_sets(TABLE_ROW, MEMBERS, COLUMNS)):
+            scaled = whole * columns_at(FLOATS, TABLE_ROW, c, k, blocks, COLUMNS)
+            amax = tl.max(tl.abs(scaled), 0)
+            if part == 0:
+                total = tl.sum(quantize(scaled, amax), 0)
+                store_statistics(SCALE + c * scale_stride + row, SUM + c * scale_stride + row, amax, total)
+            for which in range(part * EACH, part * EACH + EACH):
+                at = which * KS + tl.arange(0, KS)
+                own_w = tl.load(WEIGHT + at, mask=at < K, other=0.0)
+                own_x = _stream(
+                    RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, at, T, K, SPLIT, HAS_DELTA, HAS_BIAS
+                )
+                own = _scaled(own_x, rstd, own_w).to(tl.float32)
+                q = quantize(own * columns_at(FLOATS, TABLE_ROW, c, at, blocks, COLUMNS), amax)
+                store_planes(q, WORDS + c * words_stride, row * blocks * 128, which * (KS // 256), blocks, KS)

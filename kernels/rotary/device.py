@@ -103,5 +103,5 @@ def rope_and_cache(
         *added, deltas.slab.view(q_out_THD.dtype), deltas.vectors_E, entry_T, cos_TH, sin_TH, kv_slots_T, q_out_THD,
         cache_B2GSD, eps, rows, span_start(bias, total * dim), span_start(q_norm, dim), span_start(k_norm, dim),
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, BLOCK_SIZE=cache_B2GSD.shape[3], GROUP=group, WIDTH=width,
-        **added_constants, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, num_warps=2,
+        **added_constants, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, num_warps=1,
     )  # fmt: skip

@@ -15,6 +15,11 @@ def _normed(x, rstd, weight):
     return (x * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
 
 
+@triton.jit
+def _either(which, A, B, mask):
+    return tl.where(which, tl.load(A, mask=mask, other=0.0), tl.load(B, mask=mask, other=0.0))
+
+
 @triton.jit(do_not_specialize=["T"])
 def rope_cache_kernel(
     BASE, DELTA, SLAB, STARTS, ENTRY, COS, SIN, SLOTS, Q, CACHE, eps, T, bias, q_norm, k_norm,
@@ -42,9 +47,10 @@ def rope_cache_kernel(
     turned = head < HEADS + KV_HEADS
     if HAS_NORM:
         rstd = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / (2 * HALF) + eps)[:, None]
-        WEIGHT = vector_pointer(SLAB, STARTS, entry, tl.where(head < HEADS, q_norm, k_norm)) + i
-        x = tl.where(turned, _normed(x, rstd, tl.load(WEIGHT, mask=inside, other=0.0)), x)
-        y = tl.where(turned, _normed(y, rstd, tl.load(WEIGHT + HALF, mask=inside, other=0.0)), y)
+        OF_Q = vector_pointer(SLAB, STARTS, entry, q_norm) + i
+        OF_K = vector_pointer(SLAB, STARTS, entry, k_norm) + i
+        x = tl.where(turned, _normed(x, rstd, _either(head < HEADS, OF_Q, OF_K, i < HALF)), x)
+        y = tl.where(turned, _normed(y, rstd, _either(head < HEADS, OF_Q + HALF, OF_K + HALF, i < HALF)), y)
     cos = tl.load(COS + row * HALF + i, mask=i < HALF, other=0.0)
     sin = tl.load(SIN + row * HALF + i, mask=i < HALF, other=0.0)
     first = tl.where(turned, x * cos - y * sin, x).to(Q.dtype.element_ty)

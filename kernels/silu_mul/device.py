@@ -6,9 +6,10 @@ import torch
 import triton
 
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
-from kernels.rows import check_contiguous, padded, partial_arguments, parts_of, plane_arguments, span_start, warps_of
+from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, span_start, warps_of
 from kernels.silu_mul.triton_silu_mul import silu_mul_kernel
 
+_CHUNK = 4096
 _PLAIN_WIDTH = 2048
 """Columns of each program when there are no planes, and so no statistics of the row."""
 
@@ -35,13 +36,14 @@ def silu_mul(
     assert entry_T.shape == (rows,)
     check_contiguous(out_TI, entry_T)
     added, added_constants = partial_arguments(partials, rows, 2 * inputs)
-    plane, constants, slices = plane_arguments(planes, target_down, deltas, kinds, rows, inputs, parts_of(rows))
-    width = padded(inputs)
+    plane, constants, parts = plane_arguments(planes, target_down, deltas, kinds, rows, inputs)
+    chunk = min(padded(inputs), _CHUNK)
     if planes is None:
-        constants["KS"] = min(width, _PLAIN_WIDTH)
-        slices, width = triton.cdiv(inputs, constants["KS"]), constants["KS"]
-    silu_mul_kernel[(rows, slices)](
+        constants["KS"] = min(padded(inputs), _PLAIN_WIDTH)
+        parts = triton.cdiv(inputs, constants["KS"])
+    silu_mul_kernel[(rows, parts)](
         *added, deltas.slab.view(out_TI.dtype), deltas.vectors_E, entry_T, out_TI, *plane[:5], rows,
-        span_start(bias_span, 2 * inputs), *plane[5:], INNER=inputs, KP=width, **added_constants,
-        HAS_BIAS=bias_span is not None, **constants, num_warps=warps_of(width, per_thread=16),
+        span_start(bias_span, 2 * inputs), *plane[5:], INNER=inputs, CHUNK=chunk, CHUNKS=triton.cdiv(inputs, chunk),
+        **added_constants, HAS_BIAS=bias_span is not None, **constants,
+        num_warps=warps_of(constants["KS"] if planes is None else inputs, per_thread=16),
     )  # fmt: skip

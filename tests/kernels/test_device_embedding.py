@@ -24,12 +24,11 @@ KINDS: dict[str, Spec] = {
 }
 
 
-@pytest.mark.parametrize("inputs", [100, 256, 1300])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kind(inputs: int, dtype: torch.dtype) -> None:
-    """One row of every kind of variant and more of the base, in one launch; then several of each."""
+@pytest.mark.parametrize(("inputs", "dtype"), [(100, 1), (256, 0), (1300, 1)])
+def test_every_kind(inputs: int, dtype: int) -> None:
+    """One row of every kind of variant and more of the base, in one launch."""
     count = len(KINDS)
-    check(list(KINDS.values()), rows([0, 0, *range(1, count + 1)], padding=2), inputs, dtype)
+    check(list(KINDS.values()), rows([0, 0, *range(1, count + 1)], padding=2), inputs, DTYPES[dtype])
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -38,19 +37,19 @@ def test_mixes(mix: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_token(name: str) -> None:
+def test_first_and_last_tokens(name: str) -> None:
     """All rows of one variant, whose kinds alone the kernel is made for."""
-    grown = VOCABULARY + KINDS[name].get("extra", 0)
-    check([KINDS[name]], rows([1] * grown), 40, DTYPES[1], tokens=list(range(grown)))
+    tokens = [0, 7, 8, 15, 16, *range(VOCABULARY - 14, VOCABULARY + KINDS[name].get("extra", 0))]
+    check([KINDS[name]], rows([1] * len(tokens)), 40, DTYPES[1], tokens=tokens)
 
 
 def test_many_replaced_rows() -> None:
     """More than one stretch of indices, each of several."""
-    tokens = [*range(0, 5000, 167), 4999]
+    tokens = [*range(0, 5000, 501), 4999]
     check([{"rows": 3000}], rows([1] * len(tokens)), 16, DTYPES[0], tokens=tokens, vocabulary=5000)
 
 
-def test_narrower_residual() -> None:
+def test_wider_residual() -> None:
     check([{"signs": 1}], rows([0, 1]), 100, torch.float16, out_dtype=torch.float32)
 
 

@@ -16,9 +16,8 @@ SIGNS: Spec = {"signs": 1}
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mixes(mix: str, dtype: torch.dtype) -> None:
-    check(272, rows(MIXES[mix], padding=2), dtype, split=2, bias=True)
+def test_mixes(mix: str) -> None:
+    check(272, rows(MIXES[mix], padding=2), DTYPES[0], split=2, bias=True)
 
 
 @pytest.mark.parametrize("inputs", [16, 256, 752, 2320])
@@ -28,8 +27,12 @@ def test_sizes(inputs: int, planes: bool) -> None:
     check(inputs, rows([2]), DTYPES[1], split=3, delta=False, planes=planes)
 
 
-def test_many_rows_are_not_cut() -> None:
-    check(528, rows([i % 3 for i in range(130)]), DTYPES[0], split=1)
+def test_many_rows_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were so many that a row has one program, with several slices."""
+    monkeypatch.setattr("kernels.rows._PROGRAMS", 2)
+    monkeypatch.setattr("kernels.rows._WIDEST_SLICE", 256)
+    check(528, rows([0, 1, 2]), DTYPES[0], split=1)
+    check(528, rows([0, 1, 2]), DTYPES[0], split=1, specs=[{"signs": 2, "col": True}, SIGNS])
 
 
 def test_the_largest_row() -> None:
@@ -68,7 +71,7 @@ def check(
     if bias_span:
         gate_up += vectors_of(made, batch.entry_T, bias_span)
     good = torch.tensor([row for row in range(count) if row != bad_row], device=DEVICE)
-    eps = 2 * torch.finfo(dtype).eps
+    eps = max(2 * torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(out[good], silu_mul_reference(gate_up, dtype)[good], rtol=eps, atol=eps)
     if made_planes:
         parts = (made_planes.words_CTW, made_planes.scale_CT, made_planes.sum_CT)
