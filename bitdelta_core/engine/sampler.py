@@ -1,8 +1,9 @@
-"""From logits to tokens. Shapes: L rows, V vocabulary, R rows that sample at random.
+"""From logits to tokens. Shapes: L rows, V vocabulary, R rows of a table.
 
 Order of work, as in vLLM: logit bias and min_tokens, then repetition, frequency and presence penalties; here the
 log-probabilities are taken; then greedy rows take the best token, the others divide by the temperature and apply min-p,
-top-k and top-p before one token is drawn.
+top-k and top-p before one token is drawn. `kernels/sampling/reference.py` says exactly which token that is, and device
+kernels draw the same one.
 
 Randomness is counter-based: the uniform number for a token is a hash of (seed, choice, position), and the token is read
 off the row's own cumulative distribution. So a row's token depends on its logits, its seed and its position, not on its
@@ -16,11 +17,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bitdelta_core.engine.api import SamplingParams
+from kernels.sampling import sample as draw
+from kernels.sampling.reference import penalised
+from kernels.sampling.rows import COLUMNS, FRACTION, PER_TOKEN, RowValues, Sampled, SamplingRows, Wants, start_counts
 
 NEVER = float("-inf")
 
@@ -58,62 +62,67 @@ class RowState:
         index: int,
     ) -> None:
         self.params = params
-        self.greedy = params.temperature == 0
+        self.values = RowValues(
+            vocab=vocab_size,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+            repetition=params.repetition_penalty,
+            logprob=params.logprobs is not None,
+        )
+        self._shaped = replace(self.values, presence=0.0, frequency=0.0, repetition=1.0, logprob=False)
         self._prompt = prompt
-        self._vocab_size = vocab_size
         self._key = struct.pack("<QI", seed % 2**64, index)
         never = sorted(i for i in stop_ids | set(params.stop_token_ids) if i < vocab_size)
         self._stop_ids = torch.tensor(never, dtype=torch.int64)
         self._bias_ids = torch.tensor(list(params.logit_bias.keys()), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self._counts_V: torch.Tensor | None = None
-        self._seen_V: torch.Tensor | None = None
+        self._counts_1V: torch.Tensor | None = None
         self._counted = 0
-        self._penalises = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1)
 
     @property
     def plain(self) -> bool:
         """Nothing but the best token of the unchanged logits is wanted."""
-        return self.greedy and self.params.logprobs is None and not self.shapes
+        return self.values.greedy and self.params.logprobs is None and not self.shapes
 
     @property
     def shapes(self) -> bool:
         """Whether the logits are changed before anything is read off them."""
-        return self._penalises or bool(self.params.logit_bias) or self.params.min_tokens > 0
+        return self.values.penalised or bool(self.params.logit_bias) or self.params.min_tokens > 0
 
     def uniform(self, position: int) -> float:
-        """In [0, 1): the random number for the token at `position`."""
+        """In [0, 1): the random number for the token at `position`. Sampling uses its first FRACTION bits."""
         digest = hashlib.blake2b(struct.pack("<Q", position), digest_size=8, key=self._key).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
+    def line(self, position: int) -> bytes:
+        """Of the sampling table, for logits that `shape` has seen: nothing is left to penalise."""
+        return self._shaped.pack(int(self.uniform(position) * 2**FRACTION))
+
     def shape(self, logits_V: torch.Tensor, generated: Sequence[int]) -> None:
         """Bias, min_tokens and penalties, in place. The row may be padded beyond the variant's vocabulary."""
-        logits_V = logits_V[: self._vocab_size]
+        logits_V = logits_V[: self.values.vocab]
         if self.params.logit_bias:
             logits_V.index_add_(0, self._bias_ids.to(logits_V.device), self._bias.to(logits_V.device))
         if len(generated) < self.params.min_tokens:
             logits_V[self._stop_ids.to(logits_V.device)] = NEVER
-        if self._penalises:
-            self._penalise(logits_V, generated)
+        if self.values.penalised:
+            fields_1F = table([self.values.pack(0, counts=0)], logits_V.device)
+            logits_V.copy_(penalised(logits_V[None], fields_1F, self._count(generated, logits_V.device))[0])
 
-    def _penalise(self, logits_V: torch.Tensor, generated: Sequence[int]) -> None:
-        counts_V, seen_V = self._count(generated, logits_V)
-        factor = self.params.repetition_penalty
-        penalised_V = torch.where(logits_V > 0, logits_V / factor, logits_V * factor)
-        logits_V.copy_(torch.where(seen_V, penalised_V, logits_V))
-        logits_V -= self.params.frequency_penalty * counts_V
-        logits_V -= self.params.presence_penalty * (counts_V > 0)
-
-    def _count(self, generated: Sequence[int], like_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._counts_V is None or self._seen_V is None:
-            self._counts_V = torch.zeros_like(like_V)
-            self._seen_V = torch.zeros_like(like_V, dtype=torch.bool)
-            self._seen_V[torch.tensor(self._prompt, dtype=torch.int64, device=like_V.device)] = True
-        fresh = torch.tensor(generated[self._counted :], dtype=torch.int64, device=like_V.device)
-        self._counts_V.index_add_(0, fresh, torch.ones_like(fresh, dtype=like_V.dtype))
-        self._seen_V[fresh] = True
+    def _count(self, generated: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Counts up to the last generated token."""
+        fresh = torch.tensor(generated[self._counted :], dtype=torch.int64, device=device)
+        if self._counts_1V is None:
+            self._counts_1V = torch.empty((1, self.values.vocab), dtype=torch.int32, device=device)
+            start_counts(self._counts_1V, 0, torch.tensor(self._prompt, dtype=torch.int64, device=device), fresh)
+        else:
+            self._counts_1V[0].index_add_(0, fresh, torch.full_like(fresh, PER_TOKEN, dtype=torch.int32))
         self._counted = len(generated)
-        return self._counts_V, self._seen_V
+        return self._counts_1V
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +143,10 @@ def sample(logits_LV: torch.Tensor, rows: Sequence[Row]) -> list[Sample]:
     for i, row in enumerate(rows):
         if row.state.shapes:
             row.state.shape(logits_LV[i], row.generated)
-    best_L, ids_L = logits_LV.max(dim=1)
-    finite = torch.isfinite(best_L).tolist()
-    random = [i for i, row in enumerate(rows) if finite[i] and not row.state.greedy]
-    if random:
-        ids_L[random] = _draw(logits_LV[random], [rows[i] for i in random]).to(ids_L.device)
-    tokens = ids_L.tolist()
+    lines = table([row.state.line(row.position) for row in rows], logits_LV.device)
+    out = Sampled.empty(len(rows), logits_LV.device)
+    draw(logits_LV, SamplingRows(lines), None, out, None, Wants(), impl="reference")
+    tokens, finite = out.token_S.tolist(), out.finite_S.bool().tolist()
     wanted = {i: n for i, row in enumerate(rows) if finite[i] and (n := row.state.params.logprobs) is not None}
     logprobs = _logprobs(logits_LV, tokens, wanted)
     return [Sample(tokens[i], finite[i], logprobs.get(i)) for i in range(len(rows))]
@@ -166,33 +173,6 @@ def _logprobs(logits_LV: torch.Tensor, tokens: Sequence[int], wanted: dict[int, 
     }
 
 
-def _draw(logits_RV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """Token ids, int64 [R]."""
-    device = logits_RV.device
-    params = [row.state.params for row in rows]
-    temperature_R1 = torch.tensor([[p.temperature] for p in params], dtype=torch.float64, device=device)
-    probs_RV = torch.softmax(logits_RV.double() / temperature_R1.clamp(min=1e-5), dim=1)
-    probs_RV, order_RV = torch.sort(probs_RV, dim=1, descending=True, stable=True)
-    keep_RV = _kept(probs_RV, params)
-    mass_RV = torch.where(keep_RV, probs_RV, 0.0).cumsum(dim=1)
-    uniform = [[row.state.uniform(row.position)] for row in rows]
-    target_R1 = torch.tensor(uniform, dtype=torch.float64, device=device) * mass_RV[:, -1:]
-    place_R1 = torch.searchsorted(mass_RV, target_R1, right=True)
-    place_R1 = torch.minimum(place_R1, keep_RV.sum(dim=1, keepdim=True) - 1)
-    return order_RV.gather(1, place_R1).squeeze(1)
-
-
-def _kept(probs_RV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Which of the sorted probabilities survive min-p, top-k and top-p: always a prefix, never empty."""
-    vocab, device = probs_RV.shape[1], probs_RV.device
-    min_p_R1 = torch.tensor([[p.min_p] for p in params], dtype=torch.float64, device=device)
-    top_k_R1 = torch.tensor([[p.top_k if p.top_k > 0 else vocab] for p in params], device=device)
-    top_p_R1 = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=device)
-    keep_RV = probs_RV >= min_p_R1 * probs_RV[:, :1]
-    keep_RV &= torch.arange(vocab, device=device) < top_k_R1
-    kept_RV = torch.where(keep_RV, probs_RV, 0.0)
-    kept_RV /= kept_RV.sum(dim=1, keepdim=True)
-    before_RV = kept_RV.cumsum(dim=1) - kept_RV
-    keep_RV &= (before_RV < top_p_R1) | (top_p_R1 >= 1)
-    keep_RV &= probs_RV > 0
-    return keep_RV
+def table(lines: Sequence[bytes], device: torch.device) -> torch.Tensor:
+    """Lines of the sampling table, int32 [R, COLUMNS]."""
+    return torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.int32).view(-1, COLUMNS).to(device)
