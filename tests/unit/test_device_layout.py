@@ -115,6 +115,9 @@ def test_linears(tmp_path: Path, kind: str) -> None:
         "sign-3-planes": Kinds(signs=True, planes=3),
         "lora": Kinds(rank=16),
         "dense": Kinds(dense=True),
+        "dropout-1": Kinds(signs=True, planes=2),
+        "dropout-2-row": Kinds(signs=True, planes=3),
+        "dropout-4": Kinds(signs=True, planes=5),
     }
     assert filled.layout.kinds == StepKinds(kinds[kind])
 
@@ -185,8 +188,20 @@ def mixed_delta(base: dict[str, torch.Tensor]) -> FakeDelta:
     delta.add(base, attention.format(1, "v"), generator, codec="lora", rank=2)
     delta.add(base, mlp.format(0, "gate"), generator, codec="lora", rank=20)
     delta.add(base, mlp.format(0, "up"), generator, codec="lora", rank=3, scaling=2.0)
-    delta.add(base, mlp.format(1, "up"), generator, codec="bitdelta")
+    delta.add(base, mlp.format(1, "gate"), generator, codec="bitdelta")
+    delta.add(base, mlp.format(1, "up"), generator, **KINDS["dropout-2-row"])
     return delta
+
+
+def test_dropout_beside_column_scales(tmp_path: Path) -> None:
+    """Column scales and a zero term exclude each other."""
+    decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
+    base, delta, generator = base_state(tmp_path / "base"), FakeDelta(), torch.Generator().manual_seed(5)
+    name = "model.layers.1.mlp.{}_proj.weight"
+    delta.add(base, name.format("gate"), generator, **KINDS["dropout-4"])
+    delta.add(base, name.format("up"), generator, codec="bitdelta", scale_layout="row_col")
+    filled = check(decoder, delta, base)
+    assert filled.layout.kinds == StepKinds(Kinds(signs=True, columns=True, dense=True))
 
 
 def test_members_of_different_codecs(tmp_path: Path) -> None:
@@ -232,7 +247,9 @@ def test_fill_refuses_values_that_are_not_finite(tmp_path: Path, kind: str, pois
     fields = TABLES["quant4"] if kind == "quant" else KINDS[kind]
     delta = FakeDelta()
     delta.add(base_state(tmp_path / "base"), name, torch.Generator().manual_seed(1), **fields)
-    part = {"bitdelta": "scale", "lora": "lora_B", "dense": "value", "quant": "scale"}[fields["codec"]]
+    part = {"bitdelta": "scale", "lora": "lora_B", "dense": "value", "quant": "scale", "deltadq": "scale"}[
+        fields["codec"]
+    ]
     delta.parts[name][part].view(-1)[0] = poison
     with pytest.raises(DeltaFormatError, match=name):
         Filled(decoder, delta)
@@ -259,6 +276,14 @@ def test_plan_refuses_more_than_kernels_take(tmp_path: Path, fields: dict[str, A
     delta = FakeDelta(tensors={name: TensorEntry(name=name, shape=(96, 48), **fields)})
     with pytest.raises(DeltaFormatError, match=f"{name}: {message}"):
         DeviceLayout.plan(delta, decoder.config, torch.float32)
+
+
+def test_plan_refuses_a_codec_that_it_does_not_know(tmp_path: Path) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96))
+    name = "model.layers.0.mlp.up_proj.weight"
+    entry = TensorEntry(name=name, shape=(96, 48), codec="later")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DeltaFormatError, match=f"{name}: codec later"):
+        DeviceLayout.plan(FakeDelta(tensors={name: entry}), decoder.config, torch.float32)
 
 
 def test_plan_refuses_an_entry_without_a_place(tmp_path: Path) -> None:

@@ -1,18 +1,23 @@
 """One target's parts of one variant, in the forms that kernels read through the device tables: see `Field`.
 
 Members of a fused target may each have another codec: every form spans the whole target and is zero where it is not
-that codec's turn. Signs: as many planes as the member with most, zero scales for the planes that another lacks.
-Low-rank: the highest rank, padded to 16. Column scales: ones for members without.
+that codec's turn. Planes: as many as the member with most, zero scales for those that another lacks. Low-rank: the
+highest rank, padded to 16. Column scales: ones for members without.
+
+Quantised values and `deltadq`'s odd numbers and zeros become sign planes, one for each bit, and a zero term (which
+cannot stand beside column scales: there `deltadq` members become dense differences).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
+from bitdelta_core.delta import deltadq
+from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.device.bitplanes import bit_planes
 from bitdelta_core.models.device.kinds import MAX_PLANES, MAX_RANK
@@ -51,19 +56,55 @@ def plan(target: Target, outputs: int, members: Sequence[Member], dtype: torch.d
     """
     for member in members:
         _check_limits(member)
-    by_codec: dict[str, list[Member]] = {}
+    columns = any(member.entry.scale_layout == "row_col" for member in members)
+    by_form: dict[str, list[Member]] = {}
     for member in members:
-        by_codec.setdefault(member.entry.codec, []).append(member)
-    for codec, group in by_codec.items():
-        match codec:
-            case "bitdelta":
+        by_form.setdefault(_form(member.entry, columns), []).append(member)
+    for form, group in by_form.items():
+        match form:
+            case "planes":
                 yield Signs.plan(target, outputs, group, take)
-            case "lora":
+            case "low rank":
                 yield LowRank.plan(target, outputs, group, dtype, take)
             case "dense":
                 yield Dense(tuple(group), take((outputs, target.inputs), dtype))
-            case "quant" | "rows":
-                yield from _table_parts(target, outputs, group[0], dtype, take)
+    for member in members:
+        if whole := _whole_rows(member.entry):
+            yield Rows(member, take((whole,), torch.int32), take((whole, target.inputs), dtype))
+
+
+def _form(entry: TensorEntry, columns: bool) -> Literal["planes", "low rank", "dense", "rows"]:
+    """`columns`: whether a member of the target has column scales."""
+    match entry.codec:
+        case "bitdelta":
+            return "planes"
+        case "quant":
+            return "planes" if entry.rows else "rows"
+        case "deltadq":
+            return "dense" if columns else "planes"
+        case "lora":
+            return "low rank"
+        case "dense":
+            return "dense"
+        case "rows":
+            return "rows"
+        case _:
+            raise DeltaFormatError(f"{entry.name}: codec {entry.codec} has no form on a GPU")
+
+
+def _whole_rows(entry: TensorEntry) -> int:
+    match entry.codec:
+        case "rows":
+            return entry.rows
+        case "quant":
+            return entry.shape[0] - entry.rows
+        case _:
+            return 0
+
+
+def _planes_of(entry: TensorEntry) -> int:
+    """deltadq: numbers from -(2^bits - 1) to 2^bits - 1."""
+    return {"bitdelta": entry.planes, "quant": entry.bits, "deltadq": entry.bits + 1}[entry.codec]
 
 
 def _check_limits(member: Member) -> None:
@@ -72,16 +113,6 @@ def _check_limits(member: Member) -> None:
         raise DeltaFormatError(f"{entry.name}: {entry.planes} sign planes, at most {MAX_PLANES} on a GPU")
     if entry.codec == "lora" and entry.rank > MAX_RANK:
         raise DeltaFormatError(f"{entry.name}: rank {entry.rank}, at most {MAX_RANK} on a GPU")
-
-
-def _table_parts(target: Target, outputs: int, member: Member, dtype: torch.dtype, take: Take) -> Iterator[Part]:
-    """Of an embedding or a head."""
-    entry = member.entry
-    if entry.codec == "quant" and entry.rows:
-        yield Quant.plan(target, outputs, member, take)
-    whole = entry.rows if entry.codec == "rows" else entry.shape[0] - entry.rows
-    if whole:
-        yield Rows(member, take((whole,), torch.int32), take((whole, target.inputs), dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,48 +125,54 @@ class Signs:
     sign: Region
     scale: Region
     col: Region | None
+    zero: Region | None
 
     @classmethod
     def plan(cls, target: Target, outputs: int, members: Sequence[Member], take: Take) -> Signs:
-        planes = max(member.entry.planes for member in members)
-        sign, scale = _take_planes(target, outputs, planes, take)
-        columns = any(member.entry.scale_layout == "row_col" for member in members)
-        width = target.tiles[1] * TILE_COLUMNS
-        col = take((planes, len(target.members), width), torch.float32) if columns else None
-        return cls(target, tuple(members), planes, sign, scale, col)
+        planes = max(_planes_of(member.entry) for member in members)
+        high, wide = tiles(outputs, target.inputs)
+        sign = take((planes, high, wide, 32, 4), torch.int32)
+        scale = take((planes, high * TILE_ROWS), torch.float32)
+        shape = (planes, len(target.members), wide * TILE_COLUMNS)
+        col = take(shape, torch.float32) if any(m.entry.scale_layout == "row_col" for m in members) else None
+        zero = take((high * TILE_ROWS,), torch.float32) if any(m.entry.codec != "bitdelta" for m in members) else None
+        assert col is None or zero is None
+        return cls(target, tuple(members), planes, sign, scale, col, zero)
 
     @property
     def fields(self) -> Mapping[Field, int]:
         fields = {Field.SIGN: _unit(self.sign), Field.SCALE: _unit(self.scale), Field.PLANES: self.planes}
-        return fields if self.col is None else {**fields, Field.COL: _unit(self.col)}
+        optional = {Field.COL: self.col, Field.ZERO: self.zero}
+        return fields | {field: _unit(region) for field, region in optional.items() if region is not None}
 
     @property
     def kinds(self) -> Kinds:
         return Kinds(signs=True, columns=self.col is not None, planes=self.planes)
 
     def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
-        sign_PHBLc, scale_PN = self.sign.view(buffer), self.scale.view(buffer)
-        scale_PN.zero_()
-        if sum(m.place.rows for m in self.members) < self.target.outputs or self._uneven:
+        sign_PHBLc, scale_PN = self.sign.view(buffer), self.scale.view(buffer).zero_()
+        zero_N = None if self.zero is None else self.zero.view(buffer).zero_()
+        if self._gaps:
             sign_PHBLc.zero_()
         for member in self.members:
-            self._fill_member(reader, member, sign_PHBLc, scale_PN)
+            planes, start, rows = _planes_of(member.entry), member.place.start, _coded_rows(member.entry)
+            first, high = start // TILE_ROWS, tiles(rows, 1)[0]
+            signs = sign_PHBLc[:planes, first : first + high]
+            scales = scale_PN[:planes, start : start + rows]
+            if member.entry.codec == "bitdelta":
+                _fill_signs(reader, member.entry, signs, scales)
+            else:
+                assert zero_N is not None
+                _fill_levels(reader, member.entry, signs, scales, zero_N[start : start + rows])
         if self.col is not None:
             self._fill_columns(reader, self.col.view(buffer))
 
     @property
-    def _uneven(self) -> bool:
-        return any(member.entry.planes < self.planes for member in self.members)
-
-    def _fill_member(self, reader: Reader, member: Member, sign_PHBLc: torch.Tensor, scale_PN: torch.Tensor) -> None:
-        entry, start, rows = member.entry, member.place.start, member.place.rows
-        first, high = start // TILE_ROWS, tiles(rows, 1)[0]
-        pack(reader.part(entry, "sign"), sign_PHBLc[: entry.planes, first : first + high])
-        scale_P1 = reader.part(entry, "scale").float()[:, None]
-        row_scales = 1.0 if entry.scale_layout == "tensor" else reader.part(entry, "row").float()
-        scales = scale_PN[: entry.planes, start : start + rows]
-        scales.copy_((scale_P1 * row_scales).expand_as(scales))
-        check_finite(scales, entry, "scale")
+    def _gaps(self) -> bool:
+        """Whether there are tiles that no member has."""
+        high = sum(tiles(_coded_rows(member.entry), 1)[0] for member in self.members)
+        uneven = any(_planes_of(member.entry) < self.planes for member in self.members)
+        return uneven or high < self.sign.shape[1]
 
     def _fill_columns(self, reader: Reader, col_PmK: torch.Tensor) -> None:
         inputs = self.target.inputs
@@ -149,54 +186,38 @@ class Signs:
                 check_finite(own, entry, "col")
 
 
-@dataclass(frozen=True, slots=True)
-class Quant:
-    """Quantised rows as one sign plane for each bit: see `Field.ZERO`."""
-
-    member: Member
-    sign: Region
-    scale: Region
-    zero: Region
-
-    @classmethod
-    def plan(cls, target: Target, outputs: int, member: Member, take: Take) -> Quant:
-        sign, scale = _take_planes(target, outputs, member.entry.bits, take)
-        return cls(member, sign, scale, take(scale.shape[1:], torch.float32))
-
-    @property
-    def fields(self) -> Mapping[Field, int]:
-        return {
-            Field.SIGN: _unit(self.sign),
-            Field.SCALE: _unit(self.scale),
-            Field.PLANES: self.member.entry.bits,
-            Field.ZERO: _unit(self.zero),
-        }
-
-    @property
-    def kinds(self) -> Kinds:
-        return Kinds(signs=True, planes=self.member.entry.bits)
-
-    def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
-        entry = self.member.entry
-        sign_PHBLc, scale_PN, zero_N = (r.view(buffer) for r in (self.sign, self.scale, self.zero))
-        high = tiles(entry.rows, 1)[0]
-        sign_PHBLc[:, high:].zero_()
-        _pack_bits(reader.part(entry, "q"), entry.bits, entry.shape[1], sign_PHBLc[:, :high])
-        scale_N = reader.part(entry, "scale").float()
-        check_finite(scale_N, entry, "scale")
-        weight_P1 = 2.0 ** (torch.arange(entry.bits) - 1)[:, None]
-        scale_PN.zero_()
-        scale_PN[:, : entry.rows] = weight_P1 * scale_N
-        zero_N.zero_()
-        zero_N[: entry.rows] = scale_N / -2
+def _coded_rows(entry: TensorEntry) -> int:
+    """That are stored as differences, from the first on."""
+    return entry.rows if entry.codec == "quant" else entry.shape[0]
 
 
-def _pack_bits(q_Nk: torch.Tensor, bits: int, inputs: int, out_PHBLc: torch.Tensor) -> None:
-    """Some tile rows at a time, so that what is worked on stays in the cache."""
-    for at in range(0, q_Nk.shape[0], QUANT_ROWS):
-        planes_PNk = bit_planes(q_Nk[at : at + QUANT_ROWS], bits, inputs)
+def _fill_signs(reader: Reader, entry: TensorEntry, sign_PHBLc: torch.Tensor, scale_PN: torch.Tensor) -> None:
+    pack(reader.part(entry, "sign"), sign_PHBLc)
+    scale_P1 = reader.part(entry, "scale").float()[:, None]
+    row_scales = 1.0 if entry.scale_layout == "tensor" else reader.part(entry, "row").float()
+    scale_PN.copy_((scale_P1 * row_scales).expand_as(scale_PN))
+    check_finite(scale_PN, entry, "scale")
+
+
+def _fill_levels(
+    reader: Reader, entry: TensorEntry, sign_PHBLc: torch.Tensor, scale_PN: torch.Tensor, zero_N: torch.Tensor
+) -> None:
+    """(q - 2^(P-1)) * step as P planes: see `Field.ZERO`."""
+    planes = sign_PHBLc.shape[0]
+    if entry.codec == "quant":
+        packed_Nk, bits, step_N = reader.part(entry, "q"), entry.bits, reader.part(entry, "scale").float()
+    else:
+        scales = {part: reader.part(entry, part) for part in entry.parts() if part != "code"}
+        step_N = deltadq.half_scales(entry, scales)
+        values_NK = deltadq.expand(entry, reader.part(entry, "code"))
+        packed_Nk, bits = values_NK.add_(2**entry.bits).view(torch.uint8), 8
+    check_finite(step_N, entry, "scale")
+    scale_PN.copy_(2.0 ** (torch.arange(planes) - 1)[:, None] * step_N)
+    zero_N.copy_(step_N / -2)
+    for at in range(0, packed_Nk.shape[0], QUANT_ROWS):  # what is worked on stays in the cache
+        planes_PNk = bit_planes(packed_Nk[at : at + QUANT_ROWS], bits, entry.shape[1])[:planes]
         first, high = at // TILE_ROWS, tiles(planes_PNk.shape[1], 1)[0]
-        pack(planes_PNk, out_PHBLc[:, first : first + high])
+        pack(planes_PNk, sign_PHBLc[:, first : first + high])
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,13 +274,21 @@ class Dense:
         if sum(m.place.rows for m in self.members) < weight_NK.shape[0]:
             weight_NK.zero_()
         for member in self.members:
-            entry, base_NK = member.entry, base(member.entry.name)
-            value = reader.part(entry, "value").to(torch.float32, copy=True)
-            shared = min(base_NK.shape[0], value.shape[0])
-            value[:shared] -= base_NK[:shared].to("cpu", torch.float32)
-            own = weight_NK[member.place.start : member.place.start + value.shape[0]]
-            own.copy_(value)
-            check_finite(own, entry, "value")
+            entry, start = member.entry, member.place.start
+            own = weight_NK[start : start + entry.shape[0]]
+            own.copy_(_difference(reader, entry, base))
+            check_finite(own, entry, "value" if entry.codec == "dense" else "scale")
+
+
+def _difference(reader: Reader, entry: TensorEntry, base: BaseWeight) -> torch.Tensor:
+    """float32 [N, K]"""
+    if entry.codec == "deltadq":
+        scales = {part: reader.part(entry, part) for part in entry.parts() if part != "code"}
+        return deltadq.expand(entry, reader.part(entry, "code")) * deltadq.half_scales(entry, scales)[:, None]
+    value_NK, base_NK = reader.part(entry, "value").to(torch.float32, copy=True), base(entry.name)
+    shared = min(base_NK.shape[0], value_NK.shape[0])
+    value_NK[:shared] -= base_NK[:shared].to("cpu", torch.float32)
+    return value_NK
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +317,6 @@ class Rows:
         self.index.view(buffer).copy_(index)
         value_RK.copy_(reader.part(entry, part))
         check_finite(value_RK, entry, part)
-
-
-def _take_planes(target: Target, outputs: int, planes: int, take: Take) -> tuple[Region, Region]:
-    high, wide = tiles(outputs, target.inputs)
-    return take((planes, high, wide, 32, 4), torch.int32), take((planes, high * TILE_ROWS), torch.float32)
 
 
 def _unit(region: Region) -> int:
