@@ -16,6 +16,8 @@ MOST_SPLITS = 64
 """Of one context."""
 _SPLIT_ROWS = 1024
 """Rows times splits, where rows are many: bounds the workspace."""
+_SHORT = 512
+"""Rows of a chunk, times heads of a group, of which smaller tiles are made: more programs"""
 _CONTEXT = 1024
 """What the rule takes for a usual context."""
 
@@ -84,8 +86,8 @@ def decode_key(rows: int, kv_heads: int, group: int, head_dim: int) -> str:
 
 
 def prefill_key(max_query: int, group: int, head_dim: int) -> str:
-    """By heads, and whether a chunk fills a tile of 128 rows."""
-    return f"prefill {group}x{head_dim} {'long' if max_query * group > 64 else 'short'}"
+    """By heads, and whether there are several tiles of 128 rows."""
+    return f"prefill {group}x{head_dim} {'long' if max_query * group > _SHORT else 'short'}"
 
 
 def decode_rule(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip) -> DecodeConfig:
@@ -114,10 +116,10 @@ def decode_candidates(rows: int, kv_heads: int, group: int, head_dim: int, chip:
 
 
 def prefill_rule(max_query: int, group: int, head_dim: int, chip: Chip) -> PrefillConfig:
-    """As large a tile as keeps its sums in registers: 128 rows, 64 where the chunks have no more or heads are wide."""
+    """As large a tile as keeps its sums in registers: 128 rows, 64 where chunks are short or heads wide."""
     padded = triton.next_power_of_2(head_dim)
     tile = 64 if chip.hopper and padded <= 128 else 32
-    rows = 64 if padded > 128 or max_query * group <= 64 else 128
+    rows = 64 if padded > 128 or max_query * group <= _SHORT else 128
     stages = 3 if _prefill_bytes(rows, tile, padded, 3) <= chip.shared_bytes else 2
     warps = 8 if padded > 128 or rows == 128 else 4
     return PrefillConfig(max(rows, triton.next_power_of_2(group)), tile, warps, stages)

@@ -5,7 +5,8 @@ Scores are scaled by D^-1/2; softmax and sums are float32. What lies in cache sl
 sequence does not have, or in block tables beyond a context, is never read.
 """
 
-# pyright: reportCallIssue=false (launch options)
+# Launch options are no parameters of kernels:
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import triton
 from kernels.device import DeviceDeltas, Kinds, Planes, Target
 from kernels.paged_attention.choice import (
     MOST_SPLITS,
+    Chip,
     DecodeConfig,
     PrefillConfig,
     choose_decode,
@@ -30,6 +32,9 @@ from kernels.planes import prepare_planes
 
 MAX_ROWS = 256
 """Of a decode step, and most prompts of one prefill."""
+MOST_PREFILL_SPLITS = 16
+_LEAST = 4
+"""Tiles of keys that are worth a program of their own in prefill"""
 _UNBOUNDED = 2**30
 
 
@@ -43,6 +48,10 @@ class Workspace:
     """float32 [rows * splits * H * 2]"""
     arrived: torch.Tensor
     """int32 [rows * G]"""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.partial, self.stats, self.arrived
 
     @classmethod
     def empty(cls, rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device | str) -> Workspace:
@@ -91,6 +100,7 @@ def decode(
     assert out_TC.shape == (rows, heads * dim)
     assert context_lens_S.shape == (rows,), f"{rows} rows, {context_lens_S.shape[0]} contexts: one row of each sequence"
     assert rows <= MAX_ROWS
+    assert (planes is None) == (target is None), "planes are for a target"
     _check_cache(cache_B2GSD, heads)
     group = heads // kv_heads
     config = config or choose_decode(rows, kv_heads, group, dim, q_THD.device)
@@ -101,13 +111,12 @@ def decode(
     assert all(t.is_contiguous() for t in (q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC))
     padded_group = triton.next_power_of_2(group)
     decode_kernel[(min(config.programs, rows * kv_heads * config.splits),)](
-        q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, workspace.partial, workspace.stats,
-        workspace.arrived, rows, block_tables_SM.shape[1], window or _UNBOUNDED, config.chunk, config.splits,
-        _scale(dim), KV_HEADS=kv_heads, GROUP=group, GP=max(16, padded_group), D=dim,
-        DP=triton.next_power_of_2(dim), BLOCK=block_size, ROWS=_padded_rows(rows), TILE=config.tile, RP=padded_group,
-        SP=MOST_SPLITS, STEP=max(1, 8 // padded_group), num_warps=config.warps, num_stages=config.stages,
+        q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, *workspace.tensors, rows,
+        block_tables_SM.shape[1], window or _UNBOUNDED, config.chunk, config.splits, _scale(dim), KV_HEADS=kv_heads,
+        GROUP=group, GP=max(16, padded_group), D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=_padded_rows(rows),
+        TILE=config.tile, RP=padded_group, SP=MOST_SPLITS, STEP=max(1, 8 // padded_group), num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
-    assert (planes is None) == (target is None), "planes are for a target"
     if planes is not None and target is not None:
         prepare_planes(out_TC, planes, target, deltas, entry_T, kinds)
 
@@ -122,6 +131,7 @@ def prefill(
     out_TC: torch.Tensor,
     max_query: int,
     *,
+    workspace: Workspace | None = None,
     config: PrefillConfig | None = None,
 ) -> None:
     """Causal attention of rows query_starts[s]:query_starts[s+1] to the context_lens[s] tokens of which they are the
@@ -131,6 +141,8 @@ def prefill(
         window: how many tokens a row sees, itself included; None: all.
         out_TC: compute dtype [T, H * D]. Rows of no sequence stay as they are.
         max_query: at least the rows of every sequence.
+        workspace: what `decode` has, if it is not running. With it, several programs share the keys of a tile where
+            there are few tiles; how many depends on the batch, and the last bits of the result with it.
     """
     rows, heads, dim = q_THD.shape
     _, two, kv_heads, block_size, cache_dim = cache_B2GSD.shape
@@ -146,17 +158,32 @@ def prefill(
     positions = config.rows // group
     assert positions > 0, f"tiles of {config.rows} rows for groups of {group}"
     tiles = min(triton.cdiv(rows, positions) + sequences - 1, sequences * triton.cdiv(max_query, positions))
-    prefill_kernel[(kv_heads, tiles)](
-        q_THD, cache_B2GSD, block_tables_SM, query_starts_S1, context_lens_S, out_TC, sequences,
-        block_tables_SM.shape[1], window or _UNBOUNDED, _scale(dim), KV_HEADS=kv_heads, GROUP=group, D=dim,
-        DP=triton.next_power_of_2(dim), BLOCK=block_size, ROWS=_padded_rows(sequences), BM=config.rows,
-        BN=config.tile, WINDOWED=window is not None, num_warps=config.warps, num_stages=config.stages,
+    splits = _prefill_splits(tiles * kv_heads, config.rows * dim, workspace, Chip.of(q_THD.device))
+    partial, stats, arrived = (None, None, None) if workspace is None else workspace.tensors
+    prefill_kernel[(kv_heads, tiles, splits)](
+        q_THD, cache_B2GSD, block_tables_SM, query_starts_S1, context_lens_S, out_TC, partial, stats, arrived,
+        sequences, block_tables_SM.shape[1], window or _UNBOUNDED, splits, _LEAST, _scale(dim), KV_HEADS=kv_heads,
+        GROUP=group, D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=_padded_rows(sequences), BM=config.rows,
+        BN=config.tile, WINDOWED=window is not None, SPLIT=splits > 1, num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
+
+
+def _prefill_splits(programs: int, tile_elements: int, workspace: Workspace | None, chip: Chip) -> int:
+    """So many that every multiprocessor has two programs, if the partial sums have room."""
+    if workspace is None or programs > workspace.arrived.numel():
+        return 1
+    room = workspace.partial.numel() // (tile_elements * programs)  # the statistics are in proportion
+    return max(1, min(MOST_PREFILL_SPLITS, 2 * chip.multiprocessors // programs, room))
 
 
 def _padded_rows(rows: int) -> int:
     """Few different ones: each is compiled."""
     return 16 if rows <= 16 else 64 if rows <= 64 else MAX_ROWS
+
+
+def _padded_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _scale(head_dim: int) -> float:
@@ -167,4 +194,4 @@ def _check_cache(cache_B2GSD: torch.Tensor, heads: int) -> None:
     _, _, kv_heads, block_size, dim = cache_B2GSD.shape
     assert heads % kv_heads == 0, f"{heads} heads in {kv_heads} groups"
     assert block_size in (8, 16, 32, 64, 128, 256), f"blocks of {block_size} tokens"
-    assert dim in range(16, 257, 8), f"heads of {dim}"
+    assert dim in range(8, 257, 8), f"heads of {dim}"

@@ -4,6 +4,9 @@ A tile is BM rows of a matrix product: consecutive positions of one sequence, ea
 head, so that keys and values are read once for the group. Tiles of keys begin at multiples of BN from position 0 on,
 however a prompt is cut into chunks. Only those that the diagonal or the window's edge crosses are masked, and none
 beyond them are visited. (FlashAttention-2, Dao 2023.)
+
+A few rows after a long prefix are few tiles: then several programs share the keys of each, and the one that finishes
+last adds up, in order, as in `triton_decode`.
 """
 
 # Triton's language is not Python's:
@@ -22,7 +25,7 @@ from kernels.paged_attention.triton_decode import block_offsets, within_block
 def _scan(
     acc, peak, total, q, KEYS, VALUES, TABLE, start, stop, context, positions, window, scale,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr,
-    WINDOWED: tl.constexpr, MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over tokens start:stop; nothing at or beyond `context` is read.
 
@@ -49,8 +52,8 @@ def _scan(
             scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1) * scale)
         base = higher
-        if WINDOWED and MASKED:
-            # A row may see nothing of the first tiles of its block of rows.
+        if MASKED and (WINDOWED or SPLIT):
+            # A row may see nothing of the first tiles that its neighbours see.
             base = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(scores * scale - base[:, None])
         fade = tl.exp2(peak - base)
@@ -62,17 +65,41 @@ def _scan(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["sequences", "table_width", "window"])
+@triton.jit
+def _combine(PARTIAL, STATS, splits, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
+    """The sums of one tile, from PARTIAL [splits, BM, D] and STATS [splits, 2, BM]. Returns acc and total.
+
+    Loads go past the first-level cache: other programs wrote what they read.
+    """
+    m = tl.arange(0, BM)
+    d = tl.arange(0, DP)
+    highest = tl.full((BM,), float("-inf"), tl.float32)
+    for s in range(splits):
+        highest = tl.maximum(highest, tl.load(STATS + s * (2 * BM) + m, cache_modifier=".cg"))
+    acc = tl.zeros((BM, DP), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for s in range(splits):
+        weight = tl.exp2(tl.load(STATS + s * (2 * BM) + m, cache_modifier=".cg") - highest)
+        total += weight * tl.load(STATS + s * (2 * BM) + BM + m, cache_modifier=".cg")
+        at = (s * BM + m)[:, None] * D + d[None, :]
+        acc += weight[:, None] * tl.load(PARTIAL + at, mask=d[None, :] < D, other=0.0, cache_modifier=".cg")
+    return acc, total
+
+
+@triton.jit(do_not_specialize=["sequences", "table_width", "window", "most", "least"])
 def prefill_kernel(
-    Q, CACHE, TABLES, STARTS, CONTEXTS, OUT, sequences, table_width, window, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr,
+    Q, CACHE, TABLES, STARTS, CONTEXTS, OUT, PARTIAL, STATS, ARRIVED, sequences, table_width, window, most, least,
+    scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV_HEADS, at least as many as there are tiles).
+    """Grid (KV_HEADS, at least as many as there are tiles, most).
 
     Args:
         Q, OUT: [rows, KV_HEADS * GROUP, D].
         STARTS: [sequences + 1], rows of each sequence: the last ones of its context.
+        PARTIAL, STATS: float32 [tiles, KV_HEADS, most, BM, D] and [tiles, KV_HEADS, most, 2, BM], if SPLIT.
+        ARRIVED: [tiles, KV_HEADS], zero before and after, if SPLIT.
+        most, least: programs for the keys of a tile, and tiles of keys for each of them.
         scale: of scores, times log2(e).
         ROWS, DP: powers of two, at least sequences and D.
     """
@@ -91,40 +118,67 @@ def prefill_kernel(
     offset = (tile - tl.max(tl.where(ends <= tile, ends, 0), 0)) * STEP
     start = tl.load(STARTS + sequence)
     count = tl.load(STARTS + sequence + 1) - start
-    context = tl.load(CONTEXTS + sequence)
+    before = tl.load(CONTEXTS + sequence) - count
+    lowest = before + offset
+    highest = before + tl.minimum(offset + STEP, count) - 1
+    stop = highest + 1
+    first = 0
+    whole = 0  # tiles from here to the diagonal are seen by every row
+    if WINDOWED:
+        first = tl.maximum(lowest - window + 1, 0) // BN * BN
+        whole = tl.cdiv(tl.maximum(highest - window + 1, 0), BN) * BN
+    diagonal = tl.maximum((lowest + 1) // BN * BN, whole)
+    begin = first
+    end = stop
+    splits = 1
+    if SPLIT:
+        tiles = tl.cdiv(stop - first, BN)
+        share = tl.maximum(tl.cdiv(tiles, most), least)
+        splits = tl.cdiv(tiles, share)
+        begin = first + tl.program_id(2) * share * BN
+        end = tl.minimum(begin + share * BN, stop)
+        if begin >= stop:
+            return
     m = tl.arange(0, BM)
     d = tl.arange(0, DP)
     row = offset + m // GROUP
+    positions = before + row
     live = (m < STEP * GROUP) & (row < count)
     at = ((start + row).to(tl.int64) * KV_HEADS + head) * (GROUP * D) + (m % GROUP) * D
     at = at[:, None] + d[None, :]
     mask = live[:, None] & (d[None, :] < D)
     q = tl.load(Q + at, mask=mask, other=0.0)
-    lowest = context - count + offset
-    highest = context - count + tl.minimum(offset + STEP, count) - 1
-    positions = context - count + row
     keys = CACHE + head * (BLOCK * D)
     values = keys + KV_HEADS * BLOCK * D
     table = TABLES + sequence.to(tl.int64) * table_width
     acc = tl.zeros((BM, DP), tl.float32)
     peak = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    whole = 0  # of the tiles that every row sees
-    stop = highest + 1
     if WINDOWED:
-        whole = tl.cdiv(tl.maximum(highest - window + 1, 0), BN) * BN
-        edge = tl.maximum(lowest - window + 1, 0) // BN * BN
         acc, peak, total = _scan(
-            acc, peak, total, q, keys, values, table, edge, tl.minimum(whole, stop), stop, positions, window, scale,
-            D, DP, BLOCK, STRIDE, BN, WINDOWED, True,
+            acc, peak, total, q, keys, values, table, begin, tl.minimum(whole, end), stop, positions, window, scale,
+            D, DP, BLOCK, STRIDE, BN, WINDOWED, SPLIT, True,
         )  # fmt: skip
-    diagonal = tl.maximum((lowest + 1) // BN * BN, whole)
     acc, peak, total = _scan(
-        acc, peak, total, q, keys, values, table, whole, diagonal, stop, positions, window, scale,
-        D, DP, BLOCK, STRIDE, BN, WINDOWED, False,
+        acc, peak, total, q, keys, values, table, tl.maximum(whole, begin), tl.minimum(diagonal, end), stop, positions,
+        window, scale, D, DP, BLOCK, STRIDE, BN, WINDOWED, SPLIT, False,
     )  # fmt: skip
     acc, peak, total = _scan(
-        acc, peak, total, q, keys, values, table, diagonal, stop, stop, positions, window, scale,
-        D, DP, BLOCK, STRIDE, BN, WINDOWED, True,
+        acc, peak, total, q, keys, values, table, tl.maximum(diagonal, begin), end, stop, positions, window, scale,
+        D, DP, BLOCK, STRIDE, BN, WINDOWED, SPLIT, True,
     )  # fmt: skip
+    if SPLIT:
+        if splits > 1:
+            pair = tile * KV_HEADS + head
+            partial = PARTIAL + pair.to(tl.int64) * most * (BM * D)
+            stats = STATS + pair.to(tl.int64) * most * (2 * BM)
+            split = tl.program_id(2)
+            tl.store(partial + (split * BM + m)[:, None] * D + d[None, :], acc, mask=d[None, :] < D)
+            tl.store(stats + split * (2 * BM) + m, peak)
+            tl.store(stats + split * (2 * BM) + BM + m, total)
+            tl.debug_barrier()
+            if tl.atomic_add(ARRIVED + pair, 1, sem="acq_rel", scope="gpu") < splits - 1:
+                return
+            tl.store(ARRIVED + pair, 0)
+            acc, total = _combine(partial, stats, splits, D, DP, BM)
     tl.store(OUT + at, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=mask)

@@ -101,18 +101,24 @@ def run_decode(
     return out
 
 
-def fresh_workspace(p: Problem) -> Workspace:
-    rows_, heads, dim = p.q_THD.shape
-    made = Workspace.empty(rows_, heads, p.cache_B2GSD.shape[2], dim, DEVICE)
+def fresh_workspace(p: Problem, rows_: int | None = None) -> Workspace:
+    count, heads, dim = p.q_THD.shape
+    made = Workspace.empty(rows_ or count, heads, p.cache_B2GSD.shape[2], dim, DEVICE)
     return replace(
         made, partial=poisoned(made.partial.shape, torch.float32), stats=poisoned(made.stats.shape, torch.float32)
     )
 
 
-def run_prefill(p: Problem, window: int | None = None, config: PrefillConfig | None = None) -> torch.Tensor:
+def run_prefill(
+    p: Problem, window: int | None = None, config: PrefillConfig | None = None, workspace: Workspace | None = None
+) -> torch.Tensor:
     rows_, heads, dim = p.q_THD.shape
     out = poisoned((rows_, heads * dim), p.q_THD.dtype)
-    prefill(p.q_THD, p.cache_B2GSD, p.starts_S1, p.contexts_S, p.tables_SM, window, out, max(p.queries), config=config)
+    prefill(
+        p.q_THD, p.cache_B2GSD, p.starts_S1, p.contexts_S, p.tables_SM, window, out, max(p.queries),
+        workspace=workspace, config=config,
+    )  # fmt: skip
+    assert workspace is None or not workspace.arrived.any(), "the next launch counts from zero"
     return out
 
 
@@ -192,6 +198,7 @@ def test_decode_writes_planes() -> None:
     assert torch.equal(values(planes, inputs), values(planes_reference(out[None]), inputs))
 
 
+H200 = Chip(132, 227 * 1024, True)
 CHUNKS = {
     "whole prompt": ([1], [1]),
     "whole prompts": ([5, 40, 16], [5, 40, 16]),
@@ -222,6 +229,19 @@ def test_prefill_by_default(dtype: torch.dtype, window: int | None) -> None:
     assert_close(run_prefill(p, window), p.reference(window))
 
 
+@pytest.mark.parametrize("window", [None, 100, 150])
+@pytest.mark.parametrize("queries", [[1, 0], [9, 20]])
+def test_programs_share_the_keys_of_few_tiles(
+    queries: list[int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.paged_attention.device.Chip.of", lambda device: H200)
+    p = problem([300, 40], queries, (2, 1))
+    workspace = fresh_workspace(p, 64)
+    for _ in range(2):
+        assert_close(run_prefill(p, window, SMALL, workspace), p.reference(window))
+    assert not workspace.partial[: SMALL.rows * 16].isnan().any(), "nothing was shared"
+
+
 def test_a_prompt_depends_on_no_other() -> None:
     p = problem([50, 100, 33], [20, 36, 33])
     together, starts = run_prefill(p, None, SMALL), p.starts_S1.tolist()
@@ -237,9 +257,6 @@ def test_the_last_row_of_a_prompt_is_as_decoded() -> None:
     p = problem([61], [61], (8, 2), 32)
     last = replace(p, q_THD=p.q_THD[-1:], queries=[1])
     assert_close(run_decode(last), run_prefill(p)[-1:].float().cpu())
-
-
-H200 = Chip(132, 227 * 1024, True)
 
 
 def test_workspace_is_as_planned() -> None:
