@@ -58,7 +58,10 @@ def sample(
         listed = {"BINS": BINS, "LISTED": config.listed}
         lists = (w.logit_SL, w.id_SL, state, tickets)
         gather_kernel[grid](*given, *lists, *strides, **cut, **listed, **launch)
-        cut_kernel[(count,)](*given, *lists, *strides, **(cut | {"BLOCK": config.searched}), **listed, **launch)
+        search = cut | {"BLOCK": config.searched}
+        cut_kernel[(count,)](
+            *given, *lists, *strides, **search, **listed, **(launch | {"num_warps": config.search_warps})
+        )
         mass_kernel[grid](
             *given, words, w.mass_SB, state, tickets, count, *strides, slices, **cut, **ended, BINS=BINS, **launch
         )

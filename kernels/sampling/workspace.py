@@ -18,9 +18,10 @@ class Config:
     """Of a row, held by one program"""
     listed: int = 8192
     """How many tokens near a threshold are kept apart; where there are more, the whole row is searched instead"""
-    searched: int = 256
+    searched: int = 1024
     """Of those, held at a time"""
     warps: int = 4
+    search_warps: int = 8
 
 
 @dataclass(frozen=True, slots=True)
