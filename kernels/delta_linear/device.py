@@ -154,8 +154,8 @@ def _signs(
     rows, width = out.delta_TN.shape
     blocks, first, second = member_blocks(target, width, kinds, config)
     sign_kernel[(blocks, segments_G4.shape[0])](
-        *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN, target.outputs, width,
-        first, second, **sign_constants(target, rows, kinds, config), **options(config),
+        *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN,
+        target.outputs, width, first, second, **sign_constants(target, rows, kinds, config), **options(config),
     )  # fmt: skip
 
 

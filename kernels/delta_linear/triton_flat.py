@@ -88,7 +88,7 @@ def flat_kernel(
             g = (program - base_programs) // blocks
             block = (program - base_programs) % blocks
             sign_block(
-                SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride, DELTA,
-                N, width, M1, M2,
+                SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride,
+                DELTA, N, width, M1, M2,
                 KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
             )  # fmt: skip

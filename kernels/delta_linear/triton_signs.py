@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
@@ -82,31 +82,38 @@ def _load_planes(WORDS, first, stop, p, KB: tl.constexpr, WARPS: tl.constexpr, R
 
 
 @triton.jit
-def _sums(signs, WORDS, first, stop, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
-    """sum_k b[n, k] q[row, k]: int32 [ROWS, TILES * 16], of one group's tiles."""
+def _multiply_all(signs, planes, low, high, TILES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    for s in tl.static_range(STEPS):
+        low, high = multiply(signs[s], tl.broadcast_to(planes[s], (TILES, WIDTH)), low, high)
+    return low, high
+
+
+@triton.jit
+def _sums(
+    signs, planes, WORDS, first, stop,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """sum_k b[n, k] q[row, k]: int32 [ROWS, TILES * 16], of one group's tiles.
+
+    Args:
+        planes: the highest, `_load_planes` of ROWS - 1.
+    """
     WIDTH: tl.constexpr = WARPS * 128
+    STEPS: tl.constexpr = (KB + WARPS - 1) // WARPS
     low = tl.zeros((TILES, WIDTH), tl.int32)
     high = tl.zeros((TILES, WIDTH), tl.int32)
     e = tl.arange(0, WIDTH)[None, :]
     column = e // 4 % 4 * 2 + e % 2
-    planes = _load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
-    for i in tl.static_range(ROWS):
-        # The next planes are on their way while these are multiplied.
-        ahead = planes
-        if i + 1 < ROWS:
-            ahead = _load_planes(WORDS, first, stop, ROWS - 2 - i, KB, WARPS, ROWS)
-        for s in tl.static_range((KB + WARPS - 1) // WARPS):
-            low, high = multiply(signs[s], tl.broadcast_to(planes[s], (TILES, WIDTH)), low, high)
-        if ROWS > 1:
-            if i == 0:
-                high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
-            if i + 1 < ROWS:
-                low, high = low + low, high + high
-        planes = ahead
     weight = 1 << (column // ROWS * ROWS)
     if ROWS == 1:
+        low, high = _multiply_all(signs, planes, low, high, TILES, WIDTH, STEPS)
         total = low * weight + high * tl.where(column == 7, -32768, weight * 256)
     else:
+        low, high = _multiply_all(signs, planes, low, high, TILES, WIDTH, STEPS)
+        high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
+        for left in range(ROWS - 2, -1, -1):
+            planes = _load_planes(WORDS, first, stop, left, KB, WARPS, ROWS)
+            low, high = _multiply_all(signs, planes, low + low, high + high, TILES, WIDTH, STEPS)
         total = (low + high * 256) * weight
     return _gather(total, TILES, WARPS, ROWS)
 
@@ -128,7 +135,7 @@ def _gather(total, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr)
 
 @triton.jit
 def _store_rows(
-    sums, OUT, first, stop, n, outputs, limit, width, scale, XSCALE, XSUM, zero, plane,
+    sums, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane,
     MANY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """OUT[row, n] = (2 sums - sum q) scale[row] scale[n]; planes after the first add to what is there.
@@ -138,37 +145,48 @@ def _store_rows(
         width: columns of OUT.
         zero: of each output, for the first plane. MANY: whether a variant may have several planes.
     """
-    row = first + tl.arange(0, ROWS)
-    there = tl.minimum(row, stop - 1)
-    x_scale = tl.load(XSCALE + there)
-    x_sum = tl.load(XSUM + there)
     y = (2 * sums - x_sum[:, None]).to(tl.float32) * (x_scale[:, None] * scale[None, :])
     at = OUT + row[:, None].to(tl.int64) * width + n[None, :]
-    inside = (row[:, None] < stop) & (n[None, :] < limit)
     if MANY:
         y += zero[None, :] * (x_sum.to(tl.float32) * x_scale)[:, None]
         later = (row[:, None] < stop) & (n[None, :] < tl.where(plane > 0, limit, 0))
         y += tl.load(at, mask=later, other=0.0)
-    tl.store(at, tl.where(n[None, :] < outputs, y, 0.0), mask=inside)
+    tl.store(at, tl.where(n[None, :] < outputs, y, 0.0), mask=(row[:, None] < stop) & (n[None, :] < limit))
+
+
+@triton.jit
+def _row_values(XSCALE, XSUM, first, stop, ROWS: tl.constexpr):
+    there = tl.minimum(first + tl.arange(0, ROWS), stop - 1)
+    return tl.load(XSCALE + there), tl.load(XSUM + there)
 
 
 @triton.jit
 def _product_rows(
-    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scales, zeros, plane,
+    signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
     KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS (as far as there are any) of one plane."""
+    """All rows of one plane, ROWS at a time.
+
+    A loop even where it runs once: what it takes in must have been loaded before. In a straight line the assembler
+    saves registers by asking for signs one after another.
+    """
     STEPS: tl.constexpr = (KB + WARPS - 1) // WARPS
-    for group in tl.static_range(GROUPS):
-        sums = _sums(
-            signs[group * STEPS : (group + 1) * STEPS], WORDS, first, stop, KB, TILES, WARPS, ROWS
-        )  # fmt: skip
-        n = (tile + group * TILES) * 16 + tl.arange(0, TILES * 16)
-        _store_rows(
-            sums, OUT, first, stop, n, outputs, limit, width, scales[group], XSCALE, XSUM, zeros[group], plane,
-            MANY, ROWS,
-        )  # fmt: skip
+    next_scale, next_sum = _row_values(XSCALE, XSUM, start, stop, ROWS)
+    for first in range(start, stop, ROWS):
+        x_scale, x_sum = next_scale, next_sum
+        next_scale, next_sum = _row_values(XSCALE, XSUM, first + ROWS, stop, ROWS)
+        planes = _load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
+        row = first + tl.arange(0, ROWS)
+        for group in tl.static_range(GROUPS):
+            sums = _sums(
+                signs[group * STEPS : (group + 1) * STEPS], planes, WORDS, first, stop, KB, TILES, WARPS, ROWS
+            )  # fmt: skip
+            n = (tile + group * TILES) * 16 + tl.arange(0, TILES * 16)
+            _store_rows(
+                sums, OUT, row, stop, n, outputs, limit, width, scales[group], x_scale, x_sum, zeros[group], plane,
+                MANY, ROWS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -192,8 +210,8 @@ def member_of(block, M1, M2, tiles, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sign_block(
-    SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, base_outputs,
-    width, M1, M2,
+    SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
+    base_outputs, width, M1, M2,
     KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -202,17 +220,18 @@ def sign_block(
     Args:
         base_outputs, width: N of the base; columns of OUT, N or more.
         M1, M2: see `member_of`. MEMBERS: 1 where COLUMNS is not set.
-        LONGEST: most rows that a segment may have: 1, or more.
+        LONGEST: most rows that a segment may have: 1, 4, or any number.
     """
     entry, start, stop = parts.segment(SEGMENTS, g)
-    if stop > start:
+    # What is asked about in a condition is loaded before it, all at once; the rest would wait for its outcome.
+    if (stop > start) & (entry > 0):
         at = entry * table_stride
         outputs = tl.load(TABLE + at + parts.OUTPUTS)
         outputs = tl.where(outputs > 0, outputs, base_outputs)
-        planes = tl.where(parts.has(TABLE, at, SIGN), tl.load(TABLE + at + PLANES), 0)
+        there = parts.has(TABLE, at, SIGN) & parts.has(TABLE, at, SCALE)
+        planes = tl.where(there, tl.load(TABLE + at + PLANES), 0)
         tiles = (outputs + 15) // 16
-        last = (width + 15) // 16
-        member, tile, member_stop = member_of(block, M1, M2, last, MEMBERS, GROUPS * TILES)
+        member, tile, member_stop = member_of(block, M1, M2, (width + 15) // 16, MEMBERS, GROUPS * TILES)
         # Where a member's last block goes beyond it, the next member's first block writes instead.
         limit = tl.minimum(member_stop * 16, width)
         if (planes > 0) & (tile < tiles):
@@ -283,11 +302,10 @@ def _plane(
             KB, GROUPS, TILES, WARPS, MANY, 4,
         )  # fmt: skip
     else:
-        for first in range(start, stop, 8):
-            _product_rows(
-                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scales, zeros, plane,
-                KB, GROUPS, TILES, WARPS, MANY, 8,
-            )  # fmt: skip
+        _product_rows(
+            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
+            KB, GROUPS, TILES, WARPS, MANY, 8,
+        )  # fmt: skip
     if MANY:
         tl.debug_barrier()  # the next plane adds to what this one wrote
 
@@ -300,6 +318,8 @@ def sign_kernel(
     COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, segments]."""
+    if PDL:
+        gdc_launch_dependents()
     sign_block(
         SLAB, TABLE, table_stride, SEGMENTS, tl.program_id(1), tl.program_id(0), WORDS, XSCALE, XSUM, words_stride,
         scale_stride, OUT, base_outputs, width, M1, M2,
