@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,12 @@ KINDS: dict[str, tuple[CompressOptions, dict[str, Any]]] = {
 class Zoo:
     root: Path
     family: str = "llama"
+    config: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the base's config"""
 
     @cached_property
     def base(self) -> Path:
-        return make_base(self.root / "base", self.family)
+        return make_base(self.root / "base", self.family, **self.config)
 
     @cached_property
     def deltas(self) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -43,7 +43,7 @@ class Running:
 class Rig:
     """A base on the device, and a slab of poison with variants in it."""
 
-    def __init__(self, base: Path, *, slots: int = 12, slab_bytes: int = 8 << 20) -> None:
+    def __init__(self, base: Path, *, slots: int = 16, slab_bytes: int = 8 << 20) -> None:
         checkpoint = Checkpoint(base)
         self.config = ModelConfig.from_hf(checkpoint.config)
         self.weights: Weights = load_weights(checkpoint, self.config, device=DEVICE, dtype=DTYPE)
@@ -53,6 +53,7 @@ class Rig:
         self.decoder.reserve(BUCKETS[-1], WIDE_ROWS)
         self.at = 2 * UNIT + DeltaTables.base_bytes(self.weights.vectors_V)
         self.layouts: dict[int, DeviceLayout] = {}
+        self.starts: dict[int, int] = {}
 
     def add(self, slot: int, delta: DeltaConfigLike, reader: object = None) -> DeviceLayout:
         """Fill, copy and publish; poison stays around it."""
@@ -61,8 +62,8 @@ class Rig:
         layout.fill(reader or delta, host, self.weights)  # pyright: ignore[reportArgumentType]
         self.tables.deltas.slab[self.at : self.at + layout.nbytes] = host.to(DEVICE)
         self.tables.publish(slot, layout, self.at)
+        self.layouts[slot], self.starts[slot] = layout, self.at
         self.at += -(-layout.nbytes // UNIT) * UNIT + UNIT
-        self.layouts[slot] = layout
         return layout
 
     def vocabulary(self, slot: int) -> int:
@@ -165,7 +166,3 @@ def _segments(work: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
         segments.append((entry, at, stop))
         at = stop
     return segments
-
-
-def order(sequences: Mapping[int, Running]) -> list[Running]:
-    return sorted(sequences.values(), key=lambda s: s.slot)

@@ -1,0 +1,112 @@
+"""The device decoder's logits are those of each variant restored and run by transformers: every kind, in any company.
+
+On a CPU the kernels run in the interpreter of Triton in float32, with signs unpacked, or in an emulation of the binary
+tensor core. On a GPU the same tests run in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from bitdelta_core.delta.format import open_delta
+from bitdelta_core.models.device import layout
+from kernels.delta_linear import choice
+from tests.integration.engine_zoo import KINDS, Zoo
+from tests.kernels.b1 import emulated
+from tests.unit.device_stepper import DEVICE, DeviceStepper, Rig, Running
+
+ALL = (None, *KINDS, "lora")
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_extra_tokens() -> Iterator[None]:
+    """Every row has logits for them, which the interpreter computes block by block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "EXTRA_TOKENS", 6)
+        yield
+
+
+class Variants:
+    """A rig with variants of a zoo: slot i has kind ALL[i + 1]."""
+
+    def __init__(self, zoo: Zoo) -> None:
+        self.zoo = zoo
+        self.rig = Rig(zoo.base)
+        for slot, kind in enumerate(ALL[1:]):
+            reader = open_delta(zoo.deltas[str(kind)])
+            self.rig.add(slot, reader.config, reader)
+
+    def sequences(self, kinds: Sequence[str | None], length: int, seed: int = 1) -> list[Running]:
+        """Sorted by slot. Each ends with the last id of its own vocabulary."""
+        gen = torch.Generator().manual_seed(seed)
+        slots = sorted(ALL.index(kind) - 1 for kind in kinds)
+        drawn = [torch.randint(0, 256, (length - 1,), generator=gen).tolist() for _ in slots]
+        return [Running(s, [*t, self.rig.vocabulary(s) - 1]) for s, t in zip(slots, drawn, strict=True)]
+
+    def check(self, sequences: Sequence[Running], logits: Sequence[torch.Tensor]) -> None:
+        for sequence, rows in zip(sequences, logits, strict=True):
+            with torch.no_grad():
+                model = self.zoo.reference(ALL[sequence.slot + 1])
+                expected = model(torch.tensor(sequence.tokens)[None]).logits[0]
+            own = expected.shape[1]
+            assert own == self.rig.vocabulary(sequence.slot)
+            assert (rows[:, own:] == -torch.inf).all()
+            worst = (rows[:, :own] - expected).abs().max() / expected.square().mean().sqrt()
+            limit = 2e-3 if DEVICE.type == "cpu" else 0.1
+            assert worst < limit, f"{ALL[sequence.slot + 1]}: off by {worst:.1e} of rms"
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
+    return Variants(Zoo(tmp_path_factory.mktemp("zoo"), config=SMALL))
+
+
+def test_every_kind_at_once(variants: Variants) -> None:
+    """Chunks and single rows of all variants and the base side by side."""
+    sequences = variants.sequences(ALL, 5)
+    variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (4, 1)))
+    variants.rig.tables.check_integrity()
+
+
+MIXES: dict[str, list[str | None]] = {
+    "identical": ["bitdelta-row-col-int8"] * 3,
+    "zipf": [None, "three-bits-int2", "three-bits-int2", "three-bits-int2", "lora", "more-vocabulary"],
+    "base": [None] * 3,
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_company(variants: Variants, mix: str) -> None:
+    sequences = variants.sequences(MIXES[mix], 4)
+    variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (3, 1)))
+
+
+def test_binary_tensor_core(variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes written by norm, attention and SiLU, multiplied with signs as they lie in memory."""
+    monkeypatch.setattr(choice, "capability", lambda device: (9, 0))
+    sequences = variants.sequences(["bitdelta-row-col-int8", "three-bits-int2"], 2)
+    with emulated():
+        variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (1,)))
+
+
+def test_a_cleared_slot_gives_no_answer(variants: Variants) -> None:
+    """Not the base's, nor that of who was there before."""
+    rig, slot = variants.rig, ALL.index("bitdelta-row") - 1
+    sequences = variants.sequences([None, "bitdelta-row"], 2)
+    rig.tables.clear(slot)
+    base, cleared = DeviceStepper(rig).run(sequences, (1,))
+    variants.check(sequences[:1], [base])
+    assert (cleared == -torch.inf).all()
+    rig.tables.publish(slot, rig.layouts[slot], rig.starts[slot])
+    again = variants.sequences(["bitdelta-row"], 2)
+    variants.check(again, DeviceStepper(rig).run(again, (1,)))
