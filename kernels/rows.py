@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels import configs
 from kernels.device import UNIT, DeviceDeltas, Field, Kinds, Partials, Planes, Target
 from kernels.fragments import TILE_COLUMNS, tiles
 from kernels.planes import LARGEST, MAX_INPUTS, slice_width
@@ -66,9 +68,23 @@ def store_statistics(SCALE, SUM, amax, total):
     tl.store(SUM, total)
 
 
-def parts_of(rows: int) -> int:
-    """Programs for each row: one row must not be the serial work of one multiprocessor, many rows need not be cut."""
-    return max(1, min(_MAX_PARTS, _PROGRAMS // rows))
+@dataclass(frozen=True, slots=True)
+class RowConfig:
+    """Only speed depends on it."""
+
+    parts: int
+    """Most programs for each row; those that write no planes have one"""
+    warps: int
+
+
+def row_config(op: str, rows: int, columns: int, device: torch.device) -> RowConfig:
+    """What was measured for this op (its folder's name), else a rule: one row must not be the serial work of one
+    multiprocessor, many rows need not be cut; 16 columns for each thread."""
+    if device.type == "cuda":
+        key = f"{columns} {triton.next_power_of_2(rows)}"
+        if (found := configs.lookup(op, torch.cuda.get_device_name(device), key)) is not None:
+            return RowConfig(**found)
+    return RowConfig(max(1, min(_MAX_PARTS, _PROGRAMS // rows)), warps_of(columns))
 
 
 def partial_arguments(partials: Partials | None, rows: int, columns: int) -> tuple[list[Any], dict[str, Any]]:
@@ -83,7 +99,7 @@ def partial_arguments(partials: Partials | None, rows: int, columns: int) -> tup
 
 
 def plane_arguments(
-    planes: Planes | None, target: Target | None, deltas: DeviceDeltas, kinds: Kinds, rows: int, inputs: int
+    planes: Planes | None, target: Target | None, deltas: DeviceDeltas, kinds: Kinds, rows: int, inputs: int, parts: int
 ) -> tuple[list[Any], dict[str, Any], int]:
     """Of a kernel that writes planes: (WORDS, SCALE, SUM, FLOATS, TABLE, target, targets, both strides), the constants,
     and how many programs a row has. Each writes the planes of EACH slices of KS columns, one after another."""
@@ -105,9 +121,9 @@ def plane_arguments(
         planes.words_CTW.stride(0),
         planes.scale_CT.stride(0),
     ]
-    width = min(_WIDEST_SLICE, slice_width(inputs, parts_of(rows)))
+    width = min(_WIDEST_SLICE, slice_width(inputs, parts))
     slices = triton.cdiv(inputs, width)
-    each = triton.cdiv(slices, parts_of(rows))
+    each = triton.cdiv(slices, parts)
     constants = {"PLANES": True, "MEMBERS": len(target.members), "COLUMNS": kinds.columns, "KS": width, "EACH": each}
     return arguments, constants, triton.cdiv(slices, each)
 
@@ -120,9 +136,9 @@ def span_start(span: tuple[int, int] | None, elements: int) -> int:
     return span[0]
 
 
-def warps_of(columns: int, per_thread: int) -> int:
-    """Warps for which each thread has that many of a row's columns, 1 to 16."""
-    return max(1, min(16, triton.next_power_of_2(columns) // (32 * per_thread)))
+def warps_of(columns: int) -> int:
+    """Warps for 16 columns in each thread, 1 to 16."""
+    return max(1, min(16, triton.next_power_of_2(columns) // 512))
 
 
 def check_contiguous(*tensors: torch.Tensor) -> None:

@@ -1,5 +1,8 @@
 """Embedding rows on a device: the base's row plus the row's own variant's difference, or that variant's own row."""
 
+# Launch options are no parameters of kernels:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

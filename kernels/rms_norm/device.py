@@ -1,12 +1,15 @@
 """Residual addition, RMS norm and bit planes of the next linear's input in one launch, each row with its own weight."""
 
+# Launch options are no parameters of kernels:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import torch
 
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
 from kernels.rms_norm.triton_add_norm import add_norm_kernel
-from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, span_start, warps_of
+from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, row_config, span_start
 
 
 def add_norm(
@@ -45,12 +48,12 @@ def add_norm(
     assert bias_span is None or partials is not None, "a bias without the product that it belongs to"
     check_contiguous(residual_TK, out_TK, entry_T)
     added, added_constants = partial_arguments(partials, rows, inputs)
-    plane, plane_constants, parts = plane_arguments(planes, target, deltas, kinds, count, inputs)
+    config = row_config("rms_norm", count, inputs, out_TK.device)
+    plane, constants, parts = plane_arguments(planes, target, deltas, kinds, count, inputs, config.parts)
     assert planes is None or residual_out_TK is not residual_TK, "the residual is read while it is written"
     add_norm_kernel[(count, parts)](
         residual_TK, *added, deltas.slab.view(out_TK.dtype), deltas.vectors_E, entry_T, rows_L, residual_out_TK, out_TK,
         *plane[:5], eps, rows, span_start(span, inputs), span_start(bias_span, inputs), *plane[5:], K=inputs,
-        KP=padded(inputs), **added_constants, HAS_BIAS=bias_span is not None,
-        HAS_ROWS=rows_L is not None, KEEP=residual_out_TK is not None, **plane_constants,
-        num_warps=warps_of(inputs, per_thread=16),
+        KP=padded(inputs), **added_constants, HAS_BIAS=bias_span is not None, HAS_ROWS=rows_L is not None,
+        KEEP=residual_out_TK is not None, **constants, num_warps=config.warps,
     )  # fmt: skip

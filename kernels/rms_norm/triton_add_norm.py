@@ -1,5 +1,9 @@
 """The kernel behind `device.add_norm`."""
 
+# Triton's language is not Python's types:
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -6,6 +6,9 @@ yarn), and dynamic NTK, where the row at position p has the frequencies of lengt
 Not covered: frequencies that depend on the length of the whole prompt (longrope).
 """
 
+# Launch options are no parameters of kernels:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,12 +1,15 @@
 """SiLU of gate, times up, and bit planes of the product for the down projection, in one launch."""
 
+# Launch options are no parameters of kernels:
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import torch
 import triton
 
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
-from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, span_start, warps_of
+from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, row_config, span_start, warps_of
 from kernels.silu_mul.triton_silu_mul import silu_mul_kernel
 
 _CHUNK = 4096
@@ -36,7 +39,8 @@ def silu_mul(
     assert entry_T.shape == (rows,)
     check_contiguous(out_TI, entry_T)
     added, added_constants = partial_arguments(partials, rows, 2 * inputs)
-    plane, constants, parts = plane_arguments(planes, target_down, deltas, kinds, rows, inputs)
+    config = row_config("silu_mul", rows, inputs, out_TI.device)
+    plane, constants, parts = plane_arguments(planes, target_down, deltas, kinds, rows, inputs, config.parts)
     chunk = min(padded(inputs), _CHUNK)
     if planes is None:
         constants["KS"] = min(padded(inputs), _PLAIN_WIDTH)
@@ -45,5 +49,5 @@ def silu_mul(
         *added, deltas.slab.view(out_TI.dtype), deltas.vectors_E, entry_T, out_TI, *plane[:5], rows,
         span_start(bias_span, 2 * inputs), *plane[5:], INNER=inputs, CHUNK=chunk, CHUNKS=triton.cdiv(inputs, chunk),
         **added_constants, HAS_BIAS=bias_span is not None, **constants,
-        num_warps=warps_of(constants["KS"] if planes is None else inputs, per_thread=16),
+        num_warps=warps_of(constants["KS"]) if planes is None else config.warps,
     )  # fmt: skip
