@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-Launch = Callable[[], None]
+T = TypeVar("T")
 PIECE = 8 * 2**20
 """Bytes of one copy to the slab. Two are under way at most: what a step copies waits 0.4 ms behind them at 40 GB/s."""
 WARM_UPS = 2
@@ -55,8 +55,17 @@ class Accelerator(Protocol):
         """Reached when all that has been launched `in_steps` has run."""
         ...
 
-    def capture(self, launch: Launch) -> Launch:
-        """A cheaper way to launch the same again: it reads and writes the same memory, whatever is there then."""
+    def capture(self, launch: Callable[[], T]) -> Callable[[], T]:
+        """A cheaper way to launch the same again: it reads and writes the same memory, whatever is there then, and
+        returns what `launch` does. Calls `launch` a few times."""
+        ...
+
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        """A copy, in the order of the steps. Does not wait."""
+        ...
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, there when a mark that is made afterwards is reached."""
         ...
 
     def free_bytes(self) -> int:
@@ -84,8 +93,14 @@ class Plain:
     def mark(self) -> Mark:
         return _Reached()
 
-    def capture(self, launch: Launch) -> Launch:
+    def capture(self, launch: Callable[[], T]) -> Callable[[], T]:
         return launch
+
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        return host.clone()
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
 
     def free_bytes(self) -> int:
         return 0
@@ -136,7 +151,7 @@ class Cuda:
     def mark(self) -> Mark:
         return _Event(self._steps)
 
-    def capture(self, launch: Launch) -> Launch:
+    def capture(self, launch: Callable[[], T]) -> Callable[[], T]:
         with self.in_steps():
             for _ in range(WARM_UPS):
                 launch()
@@ -144,8 +159,20 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         # thread_local: loader threads go on copying and allocating meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._steps, capture_error_mode="thread_local"):
-            launch()
-        return graph.replay
+            output = launch()
+
+        def replay() -> T:
+            graph.replay()
+            return output
+
+        return replay
+
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        return host.pin_memory().to(self.device, non_blocking=True)  # torch keeps pinned memory until it is copied
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]

@@ -17,6 +17,7 @@ class Choice:
     def __init__(self, seq: Sequence, variant: Variant, *, seed: int) -> None:
         vocabulary, params, prompt = variant.vocabulary, seq.request.params, seq.request.prompt_token_ids
         self.seq = seq
+        self.variant = variant
         self._vocabulary = vocabulary
         self.state = RowState(
             params,

@@ -244,7 +244,7 @@ class EngineCore:
     def _launch(self, work: tuple[Work, ...]) -> None:
         owners = [self._choices[w.seq] for w in work]
         tasks = [
-            Task(w, choice.state, None if job.resident is None else job.resident.weights)
+            Task(w, choice.state, choice.variant, None if job.resident is None else job.resident.weights)
             for w, (job, choice) in zip(work, owners, strict=True)
         ]
         self._launched.append(Launched(work, tuple(job for job, _ in owners), self._runner.launch(tasks)))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from bitdelta_core.engine.api import SamplingParams
 from bitdelta_core.engine.sampler import LogprobRow, RowState, Sample
 from bitdelta_core.engine.scheduler import Work
+from bitdelta_core.engine.variants import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Task:
     work: Work
     state: RowState
     """How the sequence samples."""
+    variant: Variant
     weights: Any = None
     """Of its variant, as its residency published them; None: the base."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,18 @@ from bitdelta_core.engine.variants import Variant
 from bitdelta_core.engine.vocabulary import Vocabulary
 from bitdelta_core.errors import BitDeltaError
 from bitdelta_core.models.batch import Batch
-from bitdelta_core.models.variant import VariantWeights
+from bitdelta_core.models.device.kinds import StepKinds
+from kernels.device import Kinds
 from kernels.segments import check_segments
 
 VOCAB = 26
 BASE_SALT = 0
 POISON = 249
 """Salt of a variant whose logits are NaN."""
-DEPTH = 0
-"""Of the runner of worlds that do not say."""
+RUNNERS = ("torch", "late", "device")
+"""At once; a step behind, in torch; a step behind, through the device runner."""
+RUNNER = "torch"
+"""Of worlds that do not say."""
 
 
 def salt_of(delta: str | None) -> int:
@@ -56,17 +60,39 @@ def answer(delta: str | None, prompt: Sequence[int], count: int) -> list[int]:
     return context[len(prompt) :]
 
 
+def salt_in(extent: torch.Tensor | None) -> int:
+    """Whose bytes an extent holds."""
+    assert extent is not None
+    assert (extent == extent[0]).all(), "an extent was overwritten in part"
+    return int(extent[0])
+
+
+def logits_of(kv: torch.Tensor, table_M: np.ndarray, position: int, salt: int, block_size: int) -> np.ndarray:
+    """Of the row at `position`, whose context is read back from the KV cache."""
+    at = np.arange(position + 1)
+    blocks = table_M[at // block_size]
+    assert (blocks > 0).all(), "block 0 was given to a sequence"
+    stored = kv.numpy()[blocks * block_size + at % block_size]
+    assert (stored // 1000 == salt).all(), "K and V of another variant"
+    if salt == POISON:
+        return np.full(VOCAB, np.nan)
+    logits = np.zeros(VOCAB)
+    logits[next_token(salt, (stored % 1000).tolist())] = 5.0
+    return logits
+
+
 class FakeDecoder:
     """KV is one int64 per token: salt * 1000 + token."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.batches: list[Batch] = []
+        self.rows_computed = 0
+        self.base_salt = BASE_SALT
         self.before_forward: Callable[[], None] = lambda: None
 
     def forward(self, batch: Batch, kv: torch.Tensor) -> torch.Tensor:
         self.before_forward()
-        self.batches.append(batch)
+        self.rows_computed += batch.rows
         check_segments(batch.segments, batch.rows)
         check_segments(batch.logit_segments, batch.logit_rows_L.shape[0])
         assert set(batch.variants) == {s.slot for s in batch.segments if s.slot >= 0}
@@ -82,26 +108,12 @@ class FakeDecoder:
         return torch.tensor(np.array(logits, np.float32).reshape(len(logits), VOCAB))
 
     def _salt(self, batch: Batch, slot: int) -> int:
-        if slot < 0:
-            return BASE_SALT
-        extent = batch.variants[slot].vectors
-        assert extent is not None
-        assert (extent == extent[0]).all(), "an extent was overwritten in part"
-        return int(extent[0])
+        return self.base_salt if slot < 0 else salt_in(batch.variants[slot].vectors)
 
     def _logits(self, batch: Batch, kv: torch.Tensor, s: int, row: int, salt: int) -> np.ndarray:
         position = int(batch.positions_T[row])
         assert position < batch.context_lens[s]
-        at = np.arange(position + 1)
-        blocks = batch.block_tables_SM[s].numpy()[at // self.block_size]
-        assert (blocks > 0).all(), "block 0 was given to a sequence"
-        stored = kv.numpy()[blocks * self.block_size + at % self.block_size]
-        assert (stored // 1000 == salt).all(), "K and V of another variant"
-        if salt == POISON:
-            return np.full(VOCAB, np.nan)
-        logits = np.zeros(VOCAB)
-        logits[next_token(salt, (stored % 1000).tolist())] = 5.0
-        return logits
+        return logits_of(kv, batch.block_tables_SM[s].numpy(), position, salt, self.block_size)
 
 
 class LateRunner(TorchRunner):
@@ -164,6 +176,15 @@ class FakeTokenizer:
         return "".join(chr(97 + i) for i in ids)
 
 
+@dataclass(frozen=True)
+class FakeWeights:
+    vectors: torch.Tensor
+    kinds: StepKinds
+
+
+KINDS = (StepKinds(), StepKinds(layers=Kinds(signs=True)), StepKinds(Kinds(signs=True, rank=16), Kinds(rows=True)))
+
+
 class FakeDelta:
     def __init__(self, delta: str, nbytes: int, salt: int, context_len: int) -> None:
         self.nbytes = nbytes
@@ -173,8 +194,8 @@ class FakeDelta:
     def fill(self, host: torch.Tensor) -> None:
         host.fill_(self._salt)
 
-    def view(self, extent: torch.Tensor) -> VariantWeights:
-        return VariantWeights(config=None, linears={}, vectors=extent)  # pyright: ignore[reportArgumentType]
+    def view(self, extent: torch.Tensor) -> FakeWeights:
+        return FakeWeights(extent, KINDS[self._salt % len(KINDS)])
 
 
 class FakeSource:
@@ -215,17 +236,26 @@ class World:
         retry_s: float = 60.0,
         host_cache_bytes: int = 0,
         stop_ids: frozenset[int] = frozenset(),
-        depth: int | None = None,
+        runner: str | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        runner = (TorchRunner, LateRunner)[DEPTH if depth is None else depth]
         self.source = FakeSource(delta_bytes)
-        self.decoder = FakeDecoder(block_size)
         self.woken = threading.Event()
-        kv = torch.zeros(blocks * block_size, dtype=torch.int64)
+        self.tables: Any = None
+        accelerator = accelerator or Plain(torch.device("cpu"))
+        if (runner or RUNNER) == "device":
+            from tests.unit.engine_device_fakes import device_runner
+
+            limits = (blocks, block_size, max_num_seqs, max_num_batched_tokens)
+            self.runner, self.tables, self.decoder, accelerator = device_runner(*limits)
+        else:
+            kv = torch.zeros(blocks * block_size, dtype=torch.int64)
+            self.decoder = FakeDecoder(block_size)
+            make = TorchRunner if (runner or RUNNER) == "torch" else LateRunner
+            self.runner = make(self.decoder, kv, block_size=block_size, device=torch.device("cpu"))
         self.core = EngineCore(
             Variant(48, VOCAB, Vocabulary(FakeTokenizer(), stop_ids)),
-            runner(self.decoder, kv, block_size=block_size, device=torch.device("cpu")),
+            self.runner,
             Scheduler(
                 BlockManager(blocks, block_size, prefix_caching=prefix_caching),
                 max_num_seqs=max_num_seqs,
@@ -236,7 +266,8 @@ class World:
                 Slab(slab_bytes),
                 self.source.open,
                 self.woken.set,
-                accelerator=accelerator or Plain(torch.device("cpu")),
+                accelerator=accelerator,
+                tables=self.tables,
                 fetch_threads=4,
                 load_threads=2,
                 host_cache_bytes=host_cache_bytes,

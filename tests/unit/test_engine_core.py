@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from bitdelta_core.engine.sampler import Sample
 from bitdelta_core.errors import (
     CheckpointError,
     ContextLengthExceeded,
@@ -18,16 +17,16 @@ from bitdelta_core.errors import (
     DeltaUnavailable,
     InvalidRequest,
 )
-from tests.unit.engine_fakes import POISON, World, answer
+from tests.unit.engine_fakes import POISON, RUNNERS, World, answer
 
 A, B, C, D, E = ("0a", "0b", "0c", "0d", "0e")
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6, 5)
 
 
-@pytest.fixture(autouse=True, params=[0, 1], ids=["depth0", "depth1"])
-def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Every test here holds for a runner that computes at once and for one that is a step behind."""
-    monkeypatch.setattr("tests.unit.engine_fakes.DEPTH", request.param)
+@pytest.fixture(autouse=True, params=RUNNERS)
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here holds for every runner."""
+    monkeypatch.setattr("tests.unit.engine_fakes.RUNNER", request.param)
     return request.param
 
 
@@ -108,7 +107,7 @@ def test_choices_share_the_prompts_blocks(prefix_caching: bool) -> None:
     assert len(set(shared)) == 1
     world.run()
     assert all(world.tokens("r", i) == answer(None, PROMPT, 12) for i in range(4))
-    assert sum(b.rows for b in world.decoder.batches) == len(PROMPT) + 3 * 1 + 4 * 11
+    assert world.decoder.rows_computed == len(PROMPT) + 3 * 1 + 4 * 11
     world.assert_idle()
 
 
@@ -296,9 +295,9 @@ def test_a_poisoned_variant_fails_alone() -> None:
     world.assert_idle()
 
 
-def test_a_base_without_a_finite_logit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_without_a_finite_logit_is_named() -> None:
     world = World()
-    monkeypatch.setattr("bitdelta_core.engine.torch_runner.sample", lambda logits, rows: [Sample(0, False)] * len(rows))
+    world.decoder.base_salt = POISON
     world.ask("r", PROMPT)
     world.run()
     assert isinstance(world.errors["r"], CheckpointError)

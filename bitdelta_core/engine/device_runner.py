@@ -1,0 +1,231 @@
+"""A step on a device: a decode pass from a graph, then wide passes for prompts, and nothing waited for.
+
+Rows take tokens that the host has not seen from what the last step sampled. The host writes metadata, launches, and
+copies what was sampled into memory of its own; a step is over when the mark behind that copy is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from bitdelta_core.engine.accelerator import Accelerator, Mark
+from bitdelta_core.engine.api import SamplingParams
+from bitdelta_core.engine.device_sampler import DeviceSampler, Place, Tops
+from bitdelta_core.engine.graphs import DecodeGraphs, Shape
+from bitdelta_core.engine.pieces import Piece, cut, write
+from bitdelta_core.engine.prompt_logprobs import PromptPart, prompt_part
+from bitdelta_core.engine.runner import Outcome, Task
+from bitdelta_core.engine.sequence import Sequence as EngineSequence
+from bitdelta_core.models.device.decoder import MAX_ROWS
+from bitdelta_core.models.device.kinds import StepKinds, step_union
+from bitdelta_core.models.device.passes import WideStep
+from bitdelta_core.models.device.step import StepBuffers, StepSize
+from kernels.delta_linear.wide import ROWS, row_tiles
+from kernels.device import StepRows
+from kernels.sampling import sample
+from kernels.sampling.rows import SamplingRows
+
+
+class PassDecoder(Protocol):
+    """`models.device.decoder.DeviceDecoder`."""
+
+    def decode(self, rows: StepRows, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor: ...
+
+    def prefill(self, step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """The largest steps there will be."""
+
+    sequences: int
+    rows: int
+    blocks: int
+    """Per sequence"""
+    block_size: int
+    vocab: int
+    """Columns of logits"""
+
+    @property
+    def wide(self) -> StepSize:
+        tiles = -(-self.rows // ROWS) + self.sequences
+        return StepSize(
+            rows=self.rows,
+            sequences=self.sequences,
+            segments=self.sequences,
+            logits=min(MAX_ROWS, self.rows),
+            blocks=self.blocks,
+            tiles=tiles,
+        )
+
+
+@dataclass(slots=True)
+class DeviceStep:
+    """A step under way."""
+
+    tasks: Sequence[Task]
+    places: dict[int, Place]
+    tops: dict[int, tuple[Tops, int]]
+    prompts: dict[int, list[PromptPart]]
+    words: torch.Tensor
+    mark: Mark
+
+    def ready(self) -> bool:
+        return self.mark.reached()
+
+    def result(self) -> list[Outcome]:
+        self.mark.wait()
+        words = self.words.numpy()
+        return [self._outcome(i, task, words) for i, task in enumerate(self.tasks)]
+
+    def _outcome(self, index: int, task: Task, words: Any) -> Outcome:
+        prompt = [row for part in self.prompts.get(index, ()) for row in part.rows()]
+        place = self.places.get(index)
+        if place is None:
+            return Outcome(None, prompt)
+        return Outcome(place.read(words, self._top(index, task)), prompt)
+
+    def _top(self, index: int, task: Task) -> tuple[tuple[int, float], ...] | None:
+        wanted = task.state.params.logprobs
+        if not wanted:
+            return None if wanted is None else ()
+        tops, row = self.tops[index]
+        return tops.of(row, wanted)
+
+
+class DeviceRunner:
+    """Owns the decoder, the KV cache, the buffers of steps and the sampler."""
+
+    def __init__(
+        self,
+        decoder: PassDecoder,
+        kv: Any,
+        accelerator: Accelerator,
+        limits: Limits,
+        *,
+        sizes: Sequence[int] | None,
+        depth: int,
+    ) -> None:
+        """Args:
+        sizes: of decode passes that are captured: see `DecodeGraphs`.
+        depth: 1: the next step is launched while this one runs.
+        """
+        self.depth = depth
+        self._decoder = decoder
+        self._kv = kv
+        self._accelerator = accelerator
+        self._limits = limits
+        self.graphs: DecodeGraphs[torch.Tensor] = DecodeGraphs(
+            accelerator, self._launch_decode, max_rows=limits.sequences, sizes=sizes
+        )
+        sizes = self.graphs.sizes
+        self._narrow = {n: StepBuffers(StepSize.decode(n, limits.blocks), accelerator.device) for n in sizes}
+        self._wide = StepBuffers(limits.wide, accelerator.device)
+        self.sampler = DeviceSampler(
+            accelerator,
+            vocab=limits.vocab,
+            decode_rows=limits.sequences,
+            wide_rows=limits.rows,
+            pass_rows=max(limits.sequences, limits.wide.logits),
+            sequences=limits.sequences,
+        )
+        self._place_of: dict[EngineSequence, int] = {}
+        """Where the last step's tokens are."""
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the buffers, the decoder's not included."""
+        return self._wide.nbytes + sum(b.nbytes for b in self._narrow.values()) + self.sampler.nbytes
+
+    def is_synchronous(self, params: SamplingParams) -> bool:
+        """Never: penalties are counted on the device, all else depends on the number of tokens alone."""
+        return False
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Graphs of the bare base. Buffers hold padding: nothing is computed that anybody reads."""
+        with self._accelerator.in_steps():
+            for buffers in self._narrow.values():
+                self._pad(buffers)
+            self.graphs.capture_base()
+
+    @torch.inference_mode()
+    def launch(self, tasks: Sequence[Task]) -> DeviceStep:
+        narrow, wide = cut(tasks)
+        prompts: dict[int, list[PromptPart]] = {}
+        with self._accelerator.in_steps():
+            self.sampler.begin(tasks)
+            if narrow:
+                self._decode(narrow)
+            for pieces in wide:
+                self._prefill(pieces, prompts)
+            words = self._accelerator.to_host(self.sampler.words)
+            mark = self._accelerator.mark()
+        places = self.sampler.places
+        self._place_of = {tasks[i].work.seq: place.token for i, place in places.items()}
+        return DeviceStep(tasks, places, self.sampler.tops, prompts, words, mark)
+
+    def _decode(self, pieces: Sequence[Piece]) -> None:
+        shape = self.graphs.shape_for(len(pieces), _kinds(pieces), self.sampler.wants(pieces))
+        buffers = self._narrow[shape.rows]
+        if self.graphs.is_missing(shape):
+            self._pad(buffers)
+            self.graphs.capture(shape)
+        host = buffers.begin()
+        write(host, pieces, self._limits.block_size, self._place_of)
+        self.sampler.write_lines(host.sampling_LF, pieces)
+        buffers.upload()
+        logits_TV = self.graphs.launch(shape)
+        self.sampler.note_decode(pieces, shape.rows)
+        self.sampler.sample_apart(pieces, logits_TV)
+
+    def _pad(self, buffers: StepBuffers) -> None:
+        """A step that writes to nobody's memory, samples nothing and counts nothing."""
+        buffers.begin()
+        buffers.upload()
+
+    def _launch_decode(self, shape: Shape) -> torch.Tensor:
+        """What a graph holds: the decoder and the sampler."""
+        buffers = self._narrow[shape.rows]
+        logits_TV = self._decoder.decode(buffers.rows, self.sampler.words, self._kv, shape.kinds)
+        out, s = self.sampler.decode_region(shape.rows), self.sampler
+        sample(logits_TV, buffers.sampling, s.counts_QV, out, s.workspace, shape.wants)
+        return logits_TV
+
+    def _prefill(self, pieces: Sequence[Piece], prompts: dict[int, list[PromptPart]]) -> None:
+        buffers = self._wide
+        host = buffers.begin()
+        runs, _ = write(host, pieces, self._limits.block_size, self._place_of)
+        tiles = row_tiles(runs)
+        host.tiles_I4[: len(tiles)] = tiles
+        self.sampler.write_lines(host.sampling_LF, pieces)
+        buffers.upload()
+        rows, logits = sum(p.rows for p in pieces), sum(p.logits for p in pieces)
+        step = WideStep(
+            rows=buffers.narrowed(rows, len(pieces), max(1, sum(entry > 0 for entry, _, _ in runs)), logits),
+            segments=runs,
+            tiles_I4=buffers.tiles(len(tiles)),
+            max_query=max(p.rows for p in pieces),
+        )
+        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, _kinds(pieces))[:logits]
+        self.sampler.sample_wide(pieces, logits_LV, SamplingRows(buffers.sampling.fields_SF[:logits]))
+        self.sampler.sample_apart(pieces, logits_LV)
+        at = 0
+        for piece in pieces:
+            if piece.task.work.prompt_logprobs:
+                part = prompt_part(self._accelerator, piece, logits_LV[at : at + piece.logits])
+                prompts.setdefault(piece.index, []).append(part)
+            at += piece.logits
+
+    def check_integrity(self) -> None:
+        self.sampler.check_integrity()
+
+
+def _kinds(pieces: Sequence[Piece]) -> StepKinds:
+    """What the pieces' variants may have."""
+    layouts = {piece.entry: piece.task.weights for piece in pieces if piece.entry}
+    return step_union([layout.kinds for layout in layouts.values()])
