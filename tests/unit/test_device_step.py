@@ -18,6 +18,7 @@ SIZE = StepSize(rows=6, sequences=3, segments=2, logits=4, blocks=5, tiles=2)
 
 def test_a_step_is_padding_until_written() -> None:
     buffers = StepBuffers(SIZE, CPU)
+    assert (buffers.rows.source_T == -1).all()
     for _ in range(3):
         host = buffers.begin()
         host.tokens_T[:] = 7

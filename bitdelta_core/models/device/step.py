@@ -82,7 +82,7 @@ class HostStep:
 
 
 class StepBuffers:
-    """The metadata of steps up to one size.
+    """The metadata of steps up to one size; a step of padding at first.
 
     There are two host buffers, so that the host can write a step while the copy of the last one still waits for its
     turn on the device.
@@ -97,6 +97,8 @@ class StepBuffers:
         self._views = _views(size, self._device)
         self.rows = self.narrowed(size.rows, size.sequences, size.segments, size.logits)
         self.sampling = SamplingRows(self._views["sampling_LF"])
+        self.begin()
+        self.upload()
 
     @property
     def nbytes(self) -> int:
