@@ -46,18 +46,20 @@ def _sign_row(
     # Lane 4 g + q holds columns 32 (q + 4 (c // 2)) of row g + 8 (c % 2) in its word c.
     in_tile = (token % 8 * 4 + word % 4) * 4 + token % 16 // 8 + word // 4 * 2
     k = which * KS + tl.arange(0, KS)
+    TILES = _part(INTS, tl.load(FIELD + _SIGN))
+    SCALES = _part(FLOATS, tl.load(FIELD + _SCALE)) + token
     col = tl.load(FIELD + _COL)
+    zero = tl.load(FIELD + _ZERO)
     row = tl.zeros((KS,), tl.float32)
     for p in range(tl.load(FIELD + _PLANES)):
         tile = (p * high + token // 16).to(tl.int64) * BLOCKS + block
-        bits = tl.load(_part(INTS, tl.load(FIELD + _SIGN)) + tile * 128 + in_tile, mask=block < BLOCKS, other=0)
+        bits = tl.load(TILES + tile * 128 + in_tile, mask=block < BLOCKS, other=0)
         ones = tl.reshape((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1, (KS,))
-        plane = (2 * ones - 1).to(tl.float32) * tl.load(_part(FLOATS, tl.load(FIELD + _SCALE)) + p * high * 16 + token)
+        plane = (2 * ones - 1).to(tl.float32) * tl.load(SCALES + p * high * 16)
         if COLUMNS:
             width = tl.where(col >= 0, BLOCKS * 256, 0)
             plane *= tl.load(_part(FLOATS, col) + p * BLOCKS * 256 + k, mask=k < width, other=1.0)
         row += plane
-    zero = tl.load(FIELD + _ZERO)
     return row + tl.load(_part(FLOATS, zero) + token, mask=zero >= 0, other=0.0)
 
 
@@ -65,12 +67,14 @@ def _sign_row(
 def _low_rank_row(VALUES, FIELD, token, k, K: tl.constexpr, KS: tl.constexpr):
     """float32 [KS]: columns k of B[token] A."""
     rank = tl.load(FIELD + _RANK)
+    A = _part(VALUES, tl.load(FIELD + _LORA_A))
+    B = _part(VALUES, tl.load(FIELD + _LORA_B)) + token.to(tl.int64) * rank
     row = tl.zeros((KS,), tl.float32)
     for first in range(0, rank, 16):
         r = first + tl.arange(0, 16)
-        b = tl.load(_part(VALUES, tl.load(FIELD + _LORA_B)) + token.to(tl.int64) * rank + r).to(tl.float32)
+        b = tl.load(B + r).to(tl.float32)
         at = r[:, None].to(tl.int64) * K + k[None, :]
-        a = tl.load(_part(VALUES, tl.load(FIELD + _LORA_A)) + at, mask=(k < K)[None, :], other=0.0).to(tl.float32)
+        a = tl.load(A + at, mask=(k < K)[None, :], other=0.0).to(tl.float32)
         row += tl.sum(b[:, None] * a, 0)
     return row
 
