@@ -13,10 +13,9 @@ import torch
 
 from bitdelta_core.delta.format import open_delta
 from bitdelta_core.models.device import layout
-from kernels.delta_linear import choice
 from tests.integration.engine_zoo import KINDS, Zoo
 from tests.kernels.b1 import emulated
-from tests.unit.device_stepper import DEVICE, DeviceStepper, Rig, Running
+from tests.unit.device_stepper import DEVICE, DeviceStepper, Rig, Running, pretend_b1
 
 ALL = (None, *KINDS, "lora")
 SMALL = {
@@ -93,7 +92,7 @@ def test_company(variants: Variants, mix: str) -> None:
 
 def test_binary_tensor_core(variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planes written by norm, attention and SiLU, multiplied with signs as they lie in memory."""
-    monkeypatch.setattr(choice, "capability", lambda device: (9, 0))
+    pretend_b1(monkeypatch)
     sequences = variants.sequences(["bitdelta-row-col-int8", "three-bits-int2"], 2)
     with emulated():
         variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (1,)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import pytest
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from bitdelta_core.models.device.step import HostStep, StepBuffers, StepSize
 from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.variant import DeltaConfigLike
 from bitdelta_core.models.weights import Weights
+from kernels.delta_linear import choice
 from kernels.delta_linear.wide import row_tiles
 from kernels.device import UNIT
 
@@ -28,6 +30,12 @@ BLOCK, BLOCKS = 8, 64
 BUCKETS = (1, 2, 4, 8, 16, 32)
 WIDE_ROWS = 192
 SAMPLED = 16
+
+
+def pretend_b1(patch: pytest.MonkeyPatch) -> None:
+    """Choose as on a chip with a binary tensor core."""
+    rule = choice.rule
+    patch.setattr(choice, "rule", lambda target, rows, kinds, b1: rule(target, rows, kinds, b1=True))
 
 
 @dataclass(eq=False)
