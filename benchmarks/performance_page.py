@@ -1,0 +1,217 @@
+"""Tables and figures of docs/performance.md from the results of the GPU benchmarks.
+
+    python benchmarks/performance_page.py [--results DIR] [--page docs/performance.md]
+
+Text between `<!-- name -->` and `<!-- /name -->` is replaced by the table of that name; figures go to docs/figures/. Of
+several measurements of one case on one device the last counts. A table without any results is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from charts import Chart, Series
+
+HERE = Path(__file__).parent
+Record = dict[str, Any]
+
+
+class Results:
+    """JSON lines by benchmark."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def latest(self, name: str, keys: Sequence[str]) -> list[Record]:
+        """The last record of each combination of keys, in order of first appearance."""
+        file = self._directory / f"{name}.jsonl"
+        found: dict[tuple[Any, ...], Record] = {}
+        for line in file.read_text().splitlines() if file.exists() else []:
+            record = json.loads(line)
+            if "wrong" not in record and record.get("case") != "memory":
+                found[tuple(record.get(key) for key in ("device", *keys))] = record
+        return list(found.values())
+
+    def memory(self) -> list[Record]:
+        file = self._directory / "decode.jsonl"
+        lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+        return [record for record in lines if record.get("case") == "memory"]
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def stamp(records: Sequence[Record]) -> str:
+    """When, where and on what code these were measured."""
+    seen = {(r["device"], r["date"][:10], r["commit"], f"torch {r['torch']}, triton {r['triton']}") for r in records}
+    return "\n".join(
+        f"Measured on {d}, {day}, commit {commit}, {versions}." for d, day, commit, versions in sorted(seen)
+    )
+
+
+def decode_table(results: Results) -> str:
+    records = results.latest("decode", ("model", "kind", "rows", "variants", "context"))
+    heads = ("model", "deltas", "rows", "variants", "context", "ms", "floor", "of the floor", "peers, ms (times ours)")
+    rows = [
+        (
+            r["model"], r["kind"], r["rows"], r["variants"], r["context"], f"{r['us'] / 1e3:.2f}",
+            f"{r['floor_us'] / 1e3:.2f}", f"{r['fraction']:.2f}", _peers(r, 1e3),
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp(heads, rows, records)
+
+
+def linear_table(results: Results) -> str:
+    keys = ("kernel", "model", "op", "rows", "variants", "mix", "planes", "columns", "rank")
+    records = [r for r in results.latest("ops", keys) if r["kernel"] == "linear"]
+    heads = ("model", "linear", "rows", "variants", "deltas", "us", "floor", "of the floor", "peers, us (times ours)")
+    rows = [
+        (
+            r["model"], r["op"], r["rows"], r["variants"], _parts(r), f"{r['us']:.1f}", f"{r['floor_us']:.1f}",
+            f"{r['fraction']:.2f}", _peers(r, 1.0),
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp(heads, rows, records)
+
+
+def others_table(results: Results) -> str:
+    keys = ("kernel", "model", "op", "rows", "variants", "context", "impl", "way", "planes")
+    records = [r for r in results.latest("ops", keys) if r["kernel"] != "linear"]
+    heads = ("kernel", "model", "case", "us", "floor", "of the floor", "TFLOP/s", "peers, us (times ours)")
+    named = ("op", "rows", "variants", "context", "impl", "way", "planes")
+    rows = [
+        (
+            r["kernel"], r["model"], ", ".join(f"{k} {r[k]}" for k in named if k in r), f"{r['us']:.1f}",
+            f"{r['floor_us']:.1f}", f"{r['fraction']:.2f}", r.get("tflops", ""), _peers(r, 1.0),
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp(heads, rows, records)
+
+
+def engine_table(results: Results) -> str:
+    records = results.latest("engine", ("shape", "kind", "variants", "rate", "arrival", "cold_loads"))
+    heads = ("model", "variants", "requests/s", "arrivals", "others load", "tokens/s", "TTFT p50 / p99, ms")
+    rows = [
+        (
+            r["shape"], r["variants"], r["rate"], r["arrival"], r["delta_loads"] if r["cold_loads"] else "no",
+            r["tokens_per_s"], f"{r['ttft_ms_p50']} / {r['ttft_ms_p99']}", f"{r['itl_ms_p50']} / {r['itl_ms_p99']}",
+            r["longest_gap_ms"],
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp((*heads, "gap p50 / p99, ms", "longest gap"), rows, records)
+
+
+def serve_table(results: Results) -> str:
+    records = results.latest("serve_gpu", ("shape", "kind", "variants", "rate", "system"))
+    heads = ("model", "variants", "requests/s", "system", "tokens/s", "TTFT p50 / p99, ms", "gap p50 / p99, ms")
+    rows = [
+        (
+            r["shape"], r["variants"], r["rate"], r["system"], r["tokens_per_s"],
+            f"{r['ttft_ms_p50']} / {r['ttft_ms_p99']}", f"{r['itl_ms_p50']} / {r['itl_ms_p99']}",
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp(heads, rows, records)
+
+
+def load_table(results: Results) -> str:
+    records = results.latest("load", ("base", "kind"))
+    heads = ("base", "deltas", "MB", "disk to slab, s", "filling, GB/s", "pinned to slab, GB/s", "of a plain copy")
+    rows = [
+        (
+            r["base"], r["kind"], f"{r['nbytes'] / 1e6:.0f}", r["disk_to_slab_s"], r["fill_gb_per_s"],
+            r["stage_gb_per_s"], r["stage_of_copy"],
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp(heads, rows, records)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "decode": decode_table,
+    "linears": linear_table,
+    "kernels": others_table,
+    "engine": engine_table,
+    "serve": serve_table,
+    "load": load_table,
+}
+
+
+def figures(results: Results, out: Path) -> list[Path]:
+    """Latency and memory against the number of variants, as in the paper's figure 5 (arXiv 2402.10193)."""
+    made = []
+    records = results.latest("decode", ("model", "kind", "rows", "variants", "context"))
+    for model in sorted({r["model"] for r in records if r["kind"] == "row" and r["context"] == 1024}):
+        mine = [r for r in records if (r["model"], r["kind"], r["context"]) == (model, "row", 1024)]
+        made.append(_latency(model, mine).write(out / f"latency-{model}.svg"))
+        made.append(_memory(model, mine).write(out / f"memory-{model}.svg"))
+    return made
+
+
+def _latency(model: str, records: list[Record]) -> Chart:
+    naive = [(r["variants"], us / 1e3) for r in records for name, us in r["peers_us"].items() if "naive" in name]
+    series = [
+        Series("bitdelta", [(r["variants"], r["us"] / 1e3) for r in records]),
+        *([Series("one model per variant", naive)] if naive else []),
+        Series("floor: bytes / bandwidth", [(r["variants"], r["floor_us"] / 1e3) for r in records], dash=2),
+    ]
+    return Chart(f"Decode step, {model}, context 1024", "variants (one row each)", "ms", series, log_x=True, log_y=True)
+
+
+def _memory(model: str, records: list[Record]) -> Chart:
+    ours = [(r["variants"], (r["base_bytes"] + r["variants"] * r["delta_bytes"]) / 1e9) for r in records]
+    naive = [(r["variants"], r["variants"] * r["base_bytes"] / 1e9) for r in records]
+    series = [Series("base and deltas", ours), Series("one model per variant", naive, dash=1)]
+    return Chart(f"Weights in memory, {model}", "variants", "GB", series, log_x=True, log_y=True)
+
+
+def _parts(record: Record) -> str:
+    if record.get("rank"):
+        return f"LoRA, rank {record['rank']}"
+    planes, columns = record.get("planes", 1), " x columns" if record.get("columns") else ""
+    return f"{planes} bit{columns}" if record["variants"] else "none"
+
+
+def _peers(record: Record, unit: float) -> str:
+    peers = record.get("peers_us", {})
+    return ", ".join(f"{name} {us / unit:.1f} ({us / record['us']:.2f})" for name, us in peers.items())
+
+
+def _with_stamp(heads: Sequence[str], rows: Sequence[Sequence[Any]], records: Sequence[Record]) -> str:
+    return f"{markdown(heads, rows)}\n\n{stamp(records)}" if rows else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "performance.md")
+    arguments = parser.parse_args()
+    results, page = Results(arguments.results), arguments.page.read_text()
+    for name, table in TABLES.items():
+        text = table(results)
+        if not text:
+            print(f"no results for {name}: left as it is", file=sys.stderr)
+            continue
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        page, found = pattern.subn(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
+        assert found == 1, f"{arguments.page} has no place for {name}"
+    arguments.page.write_text(page)
+    for path in figures(results, arguments.page.parent / "figures"):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
