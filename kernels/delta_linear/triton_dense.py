@@ -50,14 +50,23 @@ class DenseConfig:
     warps: int = 4
 
 
-def choose(rows: int) -> DenseConfig:
-    """Not measured yet. As many rows as tensor cores multiply while D arrives; small tiles where N alone must fill."""
+def key(target: Target, rows: int) -> str:
+    """What measured configurations are filed under."""
+    return f"dense {target.outputs}x{target.inputs} {triton.next_power_of_2(rows)}"
+
+
+def choose(target: Target, rows: int, device: torch.device) -> DenseConfig:
+    """What was measured on this device, else the rule: as many rows as tensor cores multiply while D arrives, and
+    small tiles, as N alone must fill a GPU."""
+    found = parts.measured(key(target, rows), device)
+    if found is not None:
+        return DenseConfig(**found)
     return DenseConfig(rows=min(64, max(16, triton.next_power_of_2(rows))))
 
 
 def candidates(rows: int) -> list[DenseConfig]:
     """For a benchmark's sweep."""
-    tall = choose(rows).rows
+    tall = min(64, max(16, triton.next_power_of_2(rows)))
     return [
         DenseConfig(tall, outputs, inner, stages, warps)
         for outputs, warps in ((16, 2), (32, 4), (64, 4))
@@ -76,7 +85,7 @@ def dense(
     """
     parts.check_rows(x_TK, target)
     assert delta_TN.stride(1) == 1
-    config = config or choose(x_TK.shape[0])
+    config = config or choose(target, x_TK.shape[0], x_TK.device)
     dense_kernel[(triton.cdiv(delta_TN.shape[1], config.outputs), segments_G4.shape[0])](
         x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, delta_TN, delta_TN.stride(0),
         target.outputs, K=target.inputs, BT=config.rows, BN=config.outputs, BK=config.inner, STAGES=config.stages,

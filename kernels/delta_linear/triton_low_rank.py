@@ -126,6 +126,9 @@ def member_span(m, MEMBERS: tl.constexpr, N, FIRST_1, FIRST_2):
     return first, last
 
 
+MANY_ROWS = 256
+
+
 @dataclass(frozen=True, slots=True)
 class LowRankConfig:
     split: int
@@ -143,14 +146,21 @@ class LowRankConfig:
     warps: int = 4
 
 
-def choose(target: Target, rows: int, max_rank: int) -> LowRankConfig:
-    """Not measured yet. Splits so that a few segments of rank 16 already fill a GPU with programs of some 16 KiB."""
+def key(target: Target, rows: int, max_rank: int) -> str:
+    """What measured configurations are filed under."""
+    return f"low rank {target.outputs}x{target.inputs} {triton.next_power_of_2(rows)} {max_rank}"
+
+
+def choose(target: Target, rows: int, max_rank: int, device: torch.device) -> LowRankConfig:
+    """What was measured on this device, else the rule: splits so that a few segments of rank 16 already fill a GPU
+    with programs of some 16 KiB."""
+    found = parts.measured(key(target, rows, max_rank), device)
+    if found is not None:
+        return LowRankConfig(**found)
     width = len(target.members) * max_rank
-    most = 8 if width <= 128 else 4 if width <= 512 else 2
-    tall = 16 if rows <= 32 else 32
     return LowRankConfig(
-        split=2 ** (max(1, min(most, target.inputs // 512)).bit_length() - 1) if rows <= 256 else 1,
-        rows=tall if rows <= 256 else 64,
+        split=most_splits(target, rows, max_rank),
+        rows=(16 if rows <= 32 else 32) if rows <= MANY_ROWS else 64,
         rank_block=16 if width == 16 else 32,
         warps=2 if width == 16 else 4,
     )
@@ -158,20 +168,31 @@ def choose(target: Target, rows: int, max_rank: int) -> LowRankConfig:
 
 def candidates(target: Target, rows: int, max_rank: int) -> list[LowRankConfig]:
     """For a benchmark's sweep."""
-    chosen = choose(target, rows, max_rank)
+    most = most_splits(target, rows, max_rank)
+    tall = (16, 32) if rows > 16 else (16,)
     return [
-        LowRankConfig(split, chosen.rows, block, inner, stages, 8, outputs, warps)
-        for split in (2, 4, 8, 16)
+        LowRankConfig(split, x_rows, block, inner, stages, 8, outputs, warps)
+        for split in (1, 2, 4, 8)
+        if split <= most
+        for x_rows in tall
         for block, warps in ((16, 1), (16, 2), (32, 4))
         for inner, stages in ((128, 4), (256, 3))
         for outputs in (64, 128)
     ]
 
 
-def workspace_floats(target: Target, rows: int, max_rank: int, config: LowRankConfig | None = None) -> int:
+def most_splits(target: Target, rows: int, max_rank: int) -> int:
+    """No configuration has more: the workspace is made for it. Many rows or ranks fill a GPU without."""
+    if rows > MANY_ROWS:
+        return 1
+    width = len(target.members) * max_rank
+    most = 8 if width <= 128 else 4 if width <= 512 else 2
+    return 2 ** (max(1, min(most, target.inputs // 512)).bit_length() - 1)
+
+
+def workspace_floats(target: Target, rows: int, max_rank: int) -> int:
     """float32 elements that x A^T of a step takes."""
-    config = config or choose(target, rows, max_rank)
-    return config.split * rows * len(target.members) * max_rank
+    return most_splits(target, rows, max_rank) * rows * len(target.members) * max_rank
 
 
 def shrink(
@@ -211,7 +232,7 @@ def low_rank(
         workspace: as `shrink`'s.
     """
     assert out_TN.stride(1) == 1
-    config = config or choose(target, x_TK.shape[0], max_rank)
+    config = config or choose(target, x_TK.shape[0], max_rank, x_TK.device)
     h = shrink(x_TK, target, deltas, segments_G4, max_rank, workspace, config)
     first = [*target.members[1:], 0, 0]
     inner = min(32, triton.next_power_of_2(max_rank))

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import configs
 from kernels.device import UNIT, DeviceDeltas, Field, Target
 
 SIGN = tl.constexpr(int(Field.SIGN))
@@ -90,6 +91,13 @@ def rows_times_matrix(
 def table_arguments(deltas: DeviceDeltas, target: Target) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(SLAB, TABLE, table_stride)."""
     return deltas.slab, deltas.table_EJF[:, target.index], deltas.table_EJF.stride(0)
+
+
+def measured(key: str, device: torch.device) -> configs.Settings | None:
+    """What a benchmark found on this device."""
+    if device.type != "cuda":
+        return None
+    return configs.lookup("delta_linear", torch.cuda.get_device_name(device), key)
 
 
 def check_rows(x_TK: torch.Tensor, target: Target) -> None:

@@ -177,7 +177,7 @@ def product(
     planes = kinds.planes if kinds.signs else 0
     h, width, split = None, 0, 0
     if kinds.rank:
-        small = triton_low_rank.choose(target, x_TK.shape[0], kinds.rank)
+        small = triton_low_rank.choose(target, x_TK.shape[0], kinds.rank, x_TK.device)
         h = triton_low_rank.shrink(x_TK, target, deltas, tiles_I4, kinds.rank, workspace, small)
         split, width = h.shape[0], h.shape[2]
     first = [*target.members[1:], 0, 0]

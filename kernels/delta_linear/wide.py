@@ -7,6 +7,7 @@ Prefill knows its segments on the host and may launch as it likes. Ways through 
 - split: cuBLAS multiplies all rows with W, then one launch adds x D^T for every variant. Its cost grows with the rows
   (D costs as many multiply-adds as W): for many segments of few rows.
 - fused: one launch, W + D made in registers.
+- specialised: the same on Hopper for signs of one plane alone, its loads, sums and products by warps of their own.
 
 Merged and fused weights are rounded to the compute dtype: an output is off by about as much as rounding that output
 itself costs (WIDE.md). Split rounds D alone, or nothing (one plane of signs).
@@ -22,17 +23,27 @@ from typing import Literal
 
 import torch
 
-from kernels.delta_linear import table_reference, triton_low_rank, triton_product
+from kernels.delta_linear import (
+    gluon_product,
+    table_reference,
+    triton_low_rank,
+    triton_merge,
+    triton_parts,
+    triton_product,
+)
 from kernels.delta_linear.triton_dense import dense
 from kernels.delta_linear.triton_low_rank import low_rank
-from kernels.delta_linear.triton_merge import merge
-from kernels.delta_linear.triton_product import ROWS
+from kernels.delta_linear.triton_merge import MergeConfig, merge
+from kernels.delta_linear.triton_product import ROWS, ProductConfig
 from kernels.delta_linear.triton_rows import replace_rows
 from kernels.device import DeviceDeltas, Kinds, Target
 
 __all__ = [
     "ROWS",
     "Run",
+    "Way",
+    "candidates",
+    "choose",
     "dense",
     "low_rank",
     "merge",
@@ -44,13 +55,27 @@ __all__ = [
     "workspace_bytes",
 ]
 
-Impl = Literal["fused", "merge", "split", "reference"]
+Impl = Literal["fused", "merge", "specialised", "split", "reference"]
 Rows = tuple[int, int, int]
 """(entry, start, stop)"""
 MERGE_ROWS = 384
 """Rows from which writing W + D (4.1 bytes a weight) costs less than multiplying x with D too."""
-SLICE_BYTES = 16 * 2**20
-"""Of W + D at a time: what the second-level cache still holds when it is multiplied with."""
+SLICE_BYTES = 2**28
+"""Of W + D at a time, where nothing was measured: all of it. Less is still cached when it is multiplied with, but
+products of fewer outputs fill a GPU less well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a prefill's linears are computed. Only their speed and rounding differ; any works for any shape."""
+
+    impl: Impl | None = None
+    """Of every segment; None: merge those of `merge_rows` or more, split the others"""
+    merge_rows: int = MERGE_ROWS
+    slice_bytes: int = SLICE_BYTES
+    merge: MergeConfig | None = None
+    product: ProductConfig | None = None
+    """None: by rule"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +101,14 @@ def row_tiles(segments: Sequence[Rows]) -> list[list[int]]:
     ]
 
 
-def plan(segments: Sequence[Rows], impl: Impl | None = None) -> list[Run]:
+def plan(segments: Sequence[Rows], impl: Impl | None = None, merge_rows: int = MERGE_ROWS) -> list[Run]:
     """Which segments are computed together and how: `impl`, or what the rows of each suggest."""
     runs: list[Run] = []
     at = 0
     for segment in segments:
         entry, start, stop = segment
         assert stop > start, f"empty segment {segment}"
-        way = impl or ("merge" if entry > 0 and stop - start >= MERGE_ROWS else "split")
+        way = impl or ("merge" if entry > 0 and stop - start >= merge_rows else "split")
         tiles = slice(at, at := at + -(-(stop - start) // ROWS))
         if runs and runs[-1].impl == way and runs[-1].rows.stop == start:
             last = runs.pop()
@@ -91,6 +116,38 @@ def plan(segments: Sequence[Rows], impl: Impl | None = None) -> list[Run]:
         else:
             runs.append(Run(way, (segment,), tiles))
     return runs
+
+
+def key(target: Target, kinds: Kinds) -> str:
+    """What measured ways are filed under."""
+    simple = kinds.planes == 1 and not (kinds.columns or kinds.dense or kinds.rank)
+    return f"prefill {target.outputs}x{target.inputs} {'signs' if simple else 'mixed'}"
+
+
+def choose(target: Target, kinds: Kinds, device: torch.device) -> Way:
+    """What was measured on this device for this shape, else the rule."""
+    found = triton_parts.measured(key(target, kinds), device)
+    if found is None:
+        return Way()
+    merge_config, product_config = found.get("merge"), found.get("product")
+    return Way(
+        found.get("impl"),
+        found.get("merge_rows", MERGE_ROWS),
+        found.get("slice_bytes", SLICE_BYTES),
+        MergeConfig(**merge_config) if merge_config else None,
+        ProductConfig(**product_config) if product_config else None,
+    )
+
+
+def candidates(target: Target, kinds: Kinds, rows: int) -> list[Way]:
+    """For a benchmark's sweep over segments of this many rows; `dataclasses.asdict` of the best is what `choose`
+    reads. specialised asserts what it cannot do."""
+    whole = target.outputs * target.inputs * 2
+    slices = [whole, *(size for size in (2**23, 2**24, 2**25) if size < whole)]
+    ways = [Way("merge", slice_bytes=whole, merge=config) for config in triton_merge.candidates(target, kinds)]
+    ways += [Way("merge", slice_bytes=size) for size in slices[1:]]
+    ways += [Way(impl, product=c) for impl in ("fused", "split") for c in triton_product.candidates(rows)]
+    return [*ways, Way("specialised")]
 
 
 def prefill_linear(
@@ -105,25 +162,33 @@ def prefill_linear(
     workspace: torch.Tensor,
     *,
     impl: Impl | None = None,
+    way: Way | None = None,
 ) -> None:
     """out = x (W + D)^T in the compute dtype, for the rows of every segment; the base's are segments of entry 0.
 
     Args:
         tiles_I4: `row_tiles(segments)` on the device.
         workspace: uint8, aligned to 256, at least `workspace_bytes`.
-        impl: None: what `plan` makes of the segments.
+        impl: instead of the way's.
+        way: None: what `choose` finds.
     """
-    for run in plan(segments, impl):
+    way = way or choose(target, kinds, x_TK.device)
+    for run in plan(segments, impl or way.impl, way.merge_rows):
         match run.impl:
             case "merge":
+                scratch = workspace[: max(way.slice_bytes, 16 * weight_NK[0].nbytes)]
                 for segment in run.segments:
-                    _merged(x_TK, weight_NK, target, deltas, segment, kinds, out_TN, workspace)
+                    _merged(x_TK, weight_NK, target, deltas, segment, kinds, out_TN, scratch, way)
             case "split":
                 torch.mm(x_TK[run.rows], weight_NK.T, out=out_TN[run.rows])
                 if any(entry > 0 for entry, _, _ in run.segments):
-                    _product(x_TK, None, target, deltas, tiles_I4, run, kinds, out_TN, workspace)
+                    _product(x_TK, None, target, deltas, tiles_I4, run, kinds, out_TN, workspace, way)
             case "fused":
-                _product(x_TK, weight_NK, target, deltas, tiles_I4, run, kinds, out_TN, workspace)
+                _product(x_TK, weight_NK, target, deltas, tiles_I4, run, kinds, out_TN, workspace, way)
+            case "specialised":
+                assert gluon_product.supports(x_TK, weight_NK, target, kinds), "not for these deltas, shapes or device"
+                programs = torch.cuda.get_device_properties(x_TK.device).multi_processor_count
+                gluon_product.product(x_TK, weight_NK, target, deltas, tiles_I4[run.tiles], out_TN, programs=programs)
             case "reference":
                 for segment in run.segments:
                     _reference(x_TK, weight_NK, target, deltas, segment, out_TN)
@@ -138,6 +203,8 @@ def merged_linear(
     kinds: Kinds,
     out_RN: torch.Tensor,
     scratch: torch.Tensor,
+    *,
+    config: MergeConfig | None = None,
 ) -> None:
     """out = x (W + D)^T for rows of one variant, through as much of W + D at a time as the scratch holds.
 
@@ -151,15 +218,15 @@ def merged_linear(
     for first in range(0, target.outputs, step):
         last = min(first + step, target.outputs)
         part_SK = merged_SK[: last - first]
-        merge(weight_NK, target, deltas, entry, kinds, part_SK, rows=(first, last))
+        merge(weight_NK, target, deltas, entry, kinds, part_SK, rows=(first, last), config=config)
         torch.mm(x_RK, part_SK.T, out=out_RN[:, first:last])
 
 
 def workspace_bytes(target: Target, rows: int, kinds: Kinds, dtype: torch.dtype) -> int:
     """For `low_rank` and `prefill_linear` with this many rows."""
-    merged = max(SLICE_BYTES, 16 * target.inputs * dtype.itemsize)
+    least, whole = 16 * target.inputs * dtype.itemsize, target.outputs * target.inputs * dtype.itemsize
     small = 4 * triton_low_rank.workspace_floats(target, rows, kinds.rank) if kinds.rank else 0
-    return max(min(merged, target.outputs * target.inputs * dtype.itemsize), small)
+    return max(min(SLICE_BYTES, whole), least, small)
 
 
 def _merged(
@@ -170,13 +237,15 @@ def _merged(
     segment: Rows,
     kinds: Kinds,
     out_TN: torch.Tensor,
-    workspace: torch.Tensor,
+    scratch: torch.Tensor,
+    way: Way,
 ) -> None:
     entry, start, stop = segment
     if entry == 0:
         torch.mm(x_TK[start:stop], weight_NK.T, out=out_TN[start:stop])
     else:
-        merged_linear(x_TK[start:stop], weight_NK, target, deltas, entry, kinds, out_TN[start:stop], workspace)
+        rows = slice(start, stop)
+        merged_linear(x_TK[rows], weight_NK, target, deltas, entry, kinds, out_TN[rows], scratch, config=way.merge)
 
 
 def _product(
@@ -189,9 +258,10 @@ def _product(
     kinds: Kinds,
     out_TN: torch.Tensor,
     workspace: torch.Tensor,
+    way: Way,
 ) -> None:
     longest = max(stop - start for _, start, stop in run.segments)
-    config = triton_product.choose(min(longest, ROWS), kinds, x_TK.device)
+    config = way.product or triton_product.choose(min(longest, ROWS), kinds, x_TK.device)
     triton_product.product(
         x_TK, weight_NK, target, deltas, tiles_I4[run.tiles], kinds, out_TN, workspace, config=config
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from triton.runtime import driver
 
-from kernels.delta_linear import triton_dense, triton_low_rank, triton_merge, triton_product, triton_rows
+from kernels.delta_linear import gluon_product, triton_dense, triton_low_rank, triton_merge, triton_product, triton_rows
 from kernels.device import Kinds, Partials, Target
 from tests.kernels.compile_harness import Case
 from tests.kernels.meta import ints, meta, tables
@@ -32,8 +32,19 @@ def _product(target: Target, kinds: Kinds, config: triton_product.ProductConfig,
 
 def _fused() -> None:
     """The largest tile that the chip's registers hold."""
-    capability = int(driver.active.get_current_target().arch)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    _product(QKV, SIGNS, triton_product.ProductConfig(256 if capability >= 90 else 128))
+    _product(QKV, SIGNS, triton_product.ProductConfig(256 if _capability() >= 90 else 128))
+
+
+def _capability() -> int:
+    return int(driver.active.get_current_target().arch)  # pyright: ignore
+
+
+def _specialised() -> None:
+    if _capability() < 90:
+        return _fused()
+    x, out = meta(2048, QKV.inputs), meta(2048, QKV.outputs)
+    weight = meta(QKV.outputs, QKV.inputs)
+    gluon_product.product(x, weight, QKV, tables(4), ints(8, 4), out, programs=132)
 
 
 def _low_rank(target: Target, rows: int, rank: int) -> None:
@@ -68,6 +79,7 @@ CASES = [
         _fused,
         {80: ("HMMA.16816.F32.BF16", ASYNC), 90: ("HGMMA.64x256x16.F32.BF16", "HADD2.BF16", ASYNC)},
     ),
+    Case("wide specialised", _specialised, {90: ("HGMMA.64x256x16.F32.BF16", "UTMALDG.2D", "HADD2.BF16")}),
     Case("wide split 64", lambda: _product(QKV, SIGNS, triton_product.ProductConfig(64), False), {90: ("HGMMA",)}),
     Case("wide fused, all", lambda: _product(DOWN, Kinds(True, True, 2, 64, True), MIXED)),
     Case("wide low rank 16", lambda: _low_rank(QKV, 16, 16), {90: ("HMMA", ASYNC)}),

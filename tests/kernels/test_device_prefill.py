@@ -15,7 +15,8 @@ FUSED = Target(1, 80, 72, (0, 48, 64))
 SINGLE = Target(0, 40, 264)
 SPECS: list[Spec] = [*ENTRIES.values(), {"rank": 16, "members": (1,)}, {"quant": 2}]
 QUANT = len(SPECS)
-IMPLS = get_args(wide.Impl)
+IMPLS = [impl for impl in get_args(wide.Impl) if impl != "specialised"]
+HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
 COUNTS: dict[str, dict[int, int]] = {
     "one": {1: 3},
     "base": {0: 5},
@@ -45,6 +46,15 @@ def test_signs_alone(impl: wide.Impl) -> None:
     for dtype in DTYPES:
         w = world([SINGLE], [{"signs": 1}, {}, {"signs": 1}], dtype, seed=2)
         check(w, SINGLE, {0: 3, 1: 130, 2: 4, 3: 9}, impl)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("target", [Target(0, 128, 64), Target(0, 4096, 1024), Target(0, 1000, 448)], ids=str)
+def test_specialised(target: Target) -> None:
+    for dtype in DTYPES:
+        w = world([target], [{"signs": 1}, {}, {"signs": 1}, {"signs": 1}], dtype, seed=7)
+        check(w, target, {0: 300, 1: 700, 2: 4, 3: 256, 4: 1}, "specialised")
+        check(w, target, {4: 3}, "specialised")
 
 
 def test_a_segment_of_several_tiles() -> None:
@@ -78,6 +88,22 @@ def test_merge_in_slices_rounds_once() -> None:
             slack = 4 * 2.0**-24 * (weight.abs().double() + 1)  # of the sums in float32
             limit = UNIT_ROUNDOFF[dtype] * exact.abs() + slack
             assert ((out - exact[first:last]).abs() <= limit[first:last]).all()
+
+
+def test_merged_weights_cost_what_rounding_outputs_costs() -> None:
+    """And less than rounding the base's output and the sum, as a product in two parts does."""
+    dtype, target = DTYPES[1], Target(0, 64, 256)
+    w = world([target], [{"signs": 1}], dtype, seed=8)
+    weight = (torch.randn(64, 256, device=DEVICE) * 0.05).to(dtype)
+    merged = poisoned((64, 256), dtype)
+    triton_merge.merge(weight, target, w.deltas, 1, w.kinds(), merged)
+    x = torch.randn(512, 256, device=DEVICE).to(dtype).double()
+    d = table_reference.matrix(w.deltas, target, 1, dtype).double()
+    exact, base = x @ (weight.double() + d).T, x @ weight.double().T
+    rounding = (exact.to(dtype) - exact).norm()
+    in_two = ((base.to(dtype).double() + x @ d.T).to(dtype) - exact).norm()
+    assert (x @ merged.double().T - exact).norm() < 1.3 * rounding
+    assert ((x @ merged.double().T).to(dtype) - exact).norm() < 1.2 * in_two
 
 
 def test_plan_keeps_neighbours_together() -> None:

@@ -1,0 +1,201 @@
+"""y^T = (W + D) x^T on Hopper, for signs of one plane without column scales: loads, sums and products overlap.
+
+Three groups of warps, which meet only at barriers in shared memory: one warp copies tiles of W and x there (bulk tensor
+copies), two groups of four warps each own 64 of a tile's 128 outputs. Such a group takes its weights into registers as
+tensor cores want them, adds the signs, and multiplies. The two take turns, so that one adds while tensor cores work for
+the other. Programs stay and go on to further tiles, so that copies for the next tile run while the last one is written.
+
+A thread has of a row of 64 weights the columns 8 j + 2 q and 8 j + 2 q + 1 (q its place among four). So of each word of
+signs it needs two neighbouring bits in every byte: two shifts bring them to the tops of bytes, one byte permutation per
+pair puts them where the signs of two 16-bit numbers are.
+
+Not covered: other chips, column scales, several planes, low-rank and dense parts; K that 64 does not divide.
+"""
+
+# Triton's language is not Python's:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.delta_linear import triton_parts
+from kernels.delta_linear.triton_parts import SCALE, SIGN
+from kernels.delta_linear.triton_product import ROWS
+from kernels.device import UNIT, DeviceDeltas, Kinds, Target
+
+# Its name differs between versions of Triton.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+OUTPUTS, INNER, GROUP_OUTPUTS = 128, 64, 64
+_UNIT = gl.constexpr(UNIT)
+_PLANES = triton_parts.PLANES
+# $1: two weights. $2, $4: the word with the first or second sign at the top of each byte. $6: which byte. $8: the
+# scale, negated, twice.
+_ADD_BF16 = gl.constexpr("""{ .reg .b32 t, one;
+mov.b32 one, 0x3F803F80;
+prmt.b32 t, $2, $4, $6;
+lop3.b32 t, t, 0x80008000, $8, 0x6A;
+fma.rn.bf16x2 $0, $1, one, t; }""")
+_ADD_FP16 = gl.constexpr("""{ .reg .b32 t;
+prmt.b32 t, $2, $4, $6;
+lop3.b32 t, t, 0x80008000, $8, 0x6A;
+add.rn.f16x2 $0, $1, t; }""")
+
+
+@gluon.jit
+def _words(SIGNS, row, k0, valid):
+    """The two words of signs of each row from column k0 on."""
+    at = SIGNS + row + k0 // 256 * 128 + k0 // 128 % 2 * 2 + k0 // 32 % 4 * 4
+    return gl.load(at, mask=valid, other=0), gl.load(at + 4, mask=valid, other=0)
+
+
+@gluon.jit
+def _produce(
+    x_desc, w_desc, TILES, x_tiles, w_tiles, full, empty, row_tiles, tiles, K: gl.constexpr, STAGES: gl.constexpr
+):
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        start = gl.load(TILES + tile % row_tiles * 4 + 1)
+        n = tile // row_tiles * 128
+        for k0 in range(0, K, 64):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), x_desc.block_type.nbytes + 2 * w_desc.block_type.nbytes)
+            _load(x_desc, [start, k0], full.index(stage), x_tiles.index(stage))
+            _load(w_desc, [n, k0], full.index(stage), w_tiles.index(2 * stage))
+            _load(w_desc, [n + 64, k0], full.index(stage), w_tiles.index(2 * stage + 1))
+            step += 1
+
+
+@gluon.jit
+def _consume(
+    SLAB, TABLE, table_stride, TILES, OUT, out_stride, x_tiles, w_tiles, full, empty, turns, row_tiles, tiles, N,
+    GROUP: gl.constexpr, K: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = OUT.dtype.element_ty
+    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, total_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, w_layout)
+    out_layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    ADD: gl.constexpr = _ADD_BF16 if dtype == gl.bfloat16 else _ADD_FP16
+    column = gl.arange(0, 64, gl.SliceLayout(0, w_layout))[None, :]
+    byte = gl.convert_layout(column // 8 % 4 * 0x1010 + 0x4000, w_layout)
+    zeros = gl.zeros([64, 64], gl.int32, w_layout)
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        entry = gl.load(TILES + tile % row_tiles * 4)
+        start = gl.load(TILES + tile % row_tiles * 4 + 1)
+        stop = gl.load(TILES + tile % row_tiles * 4 + 2)
+        n0 = tile // row_tiles * 128 + GROUP * 64
+        row = TABLE + entry * table_stride
+        planes = gl.load(row + _PLANES)
+        signs = SLAB.to(gl.pointer_type(gl.int32), bitcast=True) + gl.load(row + SIGN).to(gl.int64) * (_UNIT // 4)
+        scales = SLAB.to(gl.pointer_type(gl.float32), bitcast=True) + gl.load(row + SCALE).to(gl.int64) * (_UNIT // 4)
+        n = n0 + gl.arange(0, 64, row_layout)
+        valid = (n < N) & (n * 0 < planes)
+        negated = (-gl.load(scales + n, mask=valid, other=0.0)).to(dtype)[:, None] + gl.zeros([64, 64], dtype, w_layout)
+        fragment = (n // 16 * ((K + 255) // 256)).to(gl.int64) * 128 + n % 8 * 16 + n % 16 // 8
+        first, second = _words(signs, fragment, 0, valid)
+        total = warpgroup_mma_init(gl.zeros([64, BT], gl.float32, total_layout))
+        for k0 in range(0, K, 64):
+            stage = step % STAGES
+            following, after = _words(signs, fragment, k0 + 64, valid & (n * 0 + k0 + 64 < K))
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            w = w_tiles.index(2 * stage + GROUP).load(w_layout)
+            word = gl.where(column < 32, first[:, None] + zeros, second[:, None] + zeros)
+            upper = word << (7 - column % 8 // 2 * 2)
+            lower = word << (6 - column % 8 // 2 * 2)
+            w = gl.inline_asm_elementwise(
+                ADD, "=r,r,r,r,r,r,r,r,r", [w, upper, lower, byte + zeros, negated], dtype=w.dtype, is_pure=True, pack=2
+            )  # fmt: skip
+            mbarrier.wait(turns.index(GROUP), step & 1 ^ 1 - GROUP)
+            total = warpgroup_mma(w, x_tiles.index(stage).permute((1, 0)), total, is_async=True)
+            mbarrier.arrive(turns.index(1 - GROUP), count=1)
+            # The weights' registers are the product's until it is done.
+            total = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(total,)))
+            mbarrier.arrive(empty.index(stage), count=1)
+            first, second = following, after
+            step += 1
+        y = gl.convert_layout(warpgroup_mma_wait(0, deps=(total,)).to(dtype), out_layout)
+        out_n = n0 + gl.arange(0, 64, gl.SliceLayout(1, out_layout))
+        t = start + gl.arange(0, BT, gl.SliceLayout(0, out_layout))
+        at = OUT + t[None, :].to(gl.int64) * out_stride + out_n[:, None]
+        gl.store(at, y, mask=(t[None, :] < stop) & (out_n[:, None] < N))
+
+
+@gluon.jit
+def product_kernel(
+    x_desc, w_desc, SLAB, TABLE, table_stride, TILES, OUT, out_stride, row_tiles, tiles, N,
+    K: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BT, 64], x_desc.layout)
+    w_tiles = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, 64, 64], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (SLAB, TABLE, table_stride, TILES, OUT, out_stride, x_tiles, w_tiles, full, empty, turns, row_tiles,
+                 tiles, N, 0, K, BT, STAGES),
+            ),
+            (
+                _consume,
+                (SLAB, TABLE, table_stride, TILES, OUT, out_stride, x_tiles, w_tiles, full, empty, turns, row_tiles,
+                 tiles, N, 1, K, BT, STAGES),
+            ),
+            (_produce, (x_desc, w_desc, TILES, x_tiles, w_tiles, full, empty, row_tiles, tiles, K, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def supports(x_TK: torch.Tensor, weight_NK: torch.Tensor, target: Target, kinds: Kinds) -> bool:
+    """Whether `product` takes these."""
+    simple = kinds.planes == 1 and not (kinds.columns or kinds.dense or kinds.rank)
+    fits = target.inputs % INNER == 0 and x_TK.dtype.itemsize == 2
+    aligned = x_TK.data_ptr() % 16 == 0 and x_TK.stride(0) % 8 == 0 and weight_NK.data_ptr() % 16 == 0
+    hopper = x_TK.is_cuda and torch.cuda.get_device_capability(x_TK.device)[0] == 9
+    return simple and fits and aligned and hopper
+
+
+def product(
+    x_TK: torch.Tensor, weight_NK: torch.Tensor, target: Target, deltas: DeviceDeltas, tiles_I4: torch.Tensor,
+    out_TN: torch.Tensor, *, programs: int, stages: int = 4,
+) -> None:  # fmt: skip
+    """out = x (W + D)^T for the rows of every tile.
+
+    Args:
+        tiles_I4: (entry, start, stop, 0), at most ROWS rows each.
+        programs: one for each multiprocessor: all of its shared memory and registers are used.
+    """
+    triton_parts.check_rows(x_TK, target)
+    assert out_TN.stride(1) == 1
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    row_tiles, tiles = tiles_I4.shape[0], tiles_I4.shape[0] * -(-target.outputs // OUTPUTS)
+    product_kernel[(min(programs, tiles),)](
+        TensorDescriptor.from_tensor(x_TK, [ROWS, INNER], layout),
+        TensorDescriptor.from_tensor(weight_NK, [GROUP_OUTPUTS, INNER], layout),
+        *triton_parts.table_arguments(deltas, target), tiles_I4, out_TN, out_TN.stride(0), row_tiles, tiles,
+        target.outputs, K=target.inputs, BT=ROWS, STAGES=stages, num_warps=4,
+    )  # fmt: skip
