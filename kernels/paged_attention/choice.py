@@ -104,15 +104,23 @@ def decode_rule(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip)
 
 
 def decode_candidates(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip) -> list[DecodeConfig]:
-    """What a benchmark should try, the rule's choice first."""
+    """What a benchmark should try and a compiler tell apart, the rule's choice first."""
     rule, found = decode_rule(rows, kv_heads, group, head_dim, chip), []
     tiles = (max(16, rule.tile // 2), rule.tile, rule.tile * 2)
-    chunks = (rule.chunk // 4, rule.chunk // 2, rule.chunk, rule.chunk * 2)
-    for tile, chunk, warps, stages in product(tiles, chunks, (2, 4, 8), (2, 3, 4)):
-        if (resident := _resident(chip, tile, head_dim, stages)) and chunk >= tile:
-            made = replace(rule, tile=tile, chunk=chunk, warps=warps, stages=stages)
-            found += [replace(made, programs=chip.multiprocessors * resident * turns) for turns in (1, 2, 4)]
+    for tile, warps, stages in product(tiles, (2, 4, 8), (2, 3, 4)):
+        if resident := _resident(chip, tile, head_dim, stages):
+            programs, chunk = chip.multiprocessors * resident, max(rule.chunk, tile)
+            found.append(DecodeConfig(tile, chunk, rule.splits, programs, warps, stages))
     return list(dict.fromkeys([rule, *found]))
+
+
+def decode_refinements(config: DecodeConfig) -> list[DecodeConfig]:
+    """The same code with other units and numbers of programs, itself first."""
+    return [
+        replace(config, chunk=int(config.chunk * length), programs=config.programs * turns)
+        for length, turns in product((1, 0.25, 0.5, 2), (1, 2, 4))
+        if config.chunk * length >= config.tile
+    ]
 
 
 def prefill_rule(max_query: int, group: int, head_dim: int, chip: Chip) -> PrefillConfig:

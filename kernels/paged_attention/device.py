@@ -113,7 +113,7 @@ def decode(
     decode_kernel[(min(config.programs, rows * kv_heads * config.splits),)](
         q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, *workspace.tensors, rows,
         block_tables_SM.shape[1], window or _UNBOUNDED, config.chunk, config.splits, _scale(dim), KV_HEADS=kv_heads,
-        GROUP=group, GP=max(16, padded_group), D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=_padded_rows(rows),
+        GROUP=group, GP=max(16, padded_group), D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=padded_rows(rows),
         TILE=config.tile, RP=padded_group, SP=MOST_SPLITS, STEP=max(1, 8 // padded_group), num_warps=config.warps,
         num_stages=config.stages,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def prefill(
     prefill_kernel[(kv_heads, tiles, splits)](
         q_THD, cache_B2GSD, block_tables_SM, query_starts_S1, context_lens_S, out_TC, partial, stats, arrived,
         sequences, block_tables_SM.shape[1], window or _UNBOUNDED, splits, _LEAST, _scale(dim), KV_HEADS=kv_heads,
-        GROUP=group, D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=_padded_rows(sequences), BM=config.rows,
+        GROUP=group, D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=padded_rows(sequences), BM=config.rows,
         BN=config.tile, WINDOWED=window is not None, SPLIT=splits > 1, num_warps=config.warps,
         num_stages=config.stages,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def _prefill_splits(programs: int, tile_elements: int, workspace: Workspace | No
     return max(1, min(MOST_PREFILL_SPLITS, 2 * chip.multiprocessors // programs, room))
 
 
-def _padded_rows(rows: int) -> int:
+def padded_rows(rows: int) -> int:
     """Few different ones: each is compiled."""
     return 16 if rows <= 16 else 64 if rows <= 64 else MAX_ROWS
 
