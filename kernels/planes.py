@@ -5,9 +5,10 @@ each of several slices; every program recomputes the statistics of the whole row
 single row is not the serial work of one multiprocessor.
 
 Error: x is rounded to multiples of max |x| / 32639, by at most half of one (half to +inf). A product with signs over K
-inputs is then off by at most K max |x| / 65278 times its scale; for errors that average out, by sqrt(K / 12) max |x| /
-32639, which is 1e-5 of the product's own size for normal x and 2e-4 with one channel 60 times the others. NaN or inf in
-a row make that row's products wrong or NaN, and no other's.
+inputs is then off by at most K max |x| / 65278 times its scale. Roundings are as good as independent: the error's root
+mean square is sqrt(K / 12) max |x| / 32639 times the scale, that of products with random signs sqrt(sum x^2) >= max |x|
+times it. So the error is at most sqrt(K / 12) / 32639 of the products' size (6e-4 for K = 4096), however far outliers
+lie from the rest, and 4e-5 for normal x. NaN or inf in a row make that row's products wrong or NaN, and no other's.
 
 Not covered: K above 65536, where the sums of products leave 32 bits.
 """

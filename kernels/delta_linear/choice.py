@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 import triton
 
 from kernels import configs
+from kernels.delta_linear.self_check import self_check
 from kernels.device import Kinds, Target
 
 Impl = Literal["flat", "signs", "unpack"]
@@ -46,13 +48,14 @@ class Config:
 
 
 def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> Config:
-    """What was measured on this chip for this shape and number of rows, else the rule."""
+    """What was measured on this chip for this shape and number of rows, else the rule; signs are unpacked where the
+    binary tensor core is missing or fails its check."""
     device = torch.device(device)
-    if device.type == "cuda":
-        found = configs.lookup("delta_linear", torch.cuda.get_device_name(device), key(target, rows, kinds))
-        if found is not None:
-            return Config(**found)
-    return rule(target, rows, kinds, capability(device), multiprocessors(device))
+    if device.type != "cuda":
+        return rule(target, rows, kinds, b1=False)
+    b1 = self_check(device).ok if kinds.signs else True
+    found = configs.lookup("delta_linear", torch.cuda.get_device_name(device), key(target, rows, kinds))
+    return Config(**found) if found and b1 else rule(target, rows, kinds, b1, multiprocessors(device))
 
 
 def key(target: Target, rows: int, kinds: Kinds) -> str:
@@ -60,79 +63,72 @@ def key(target: Target, rows: int, kinds: Kinds) -> str:
     return f"{target.outputs}x{target.inputs} {triton.next_power_of_2(rows)} {'signs' if kinds.signs else 'base'}"
 
 
-def rule(target: Target, rows: int, kinds: Kinds, capability: tuple[int, int], multiprocessors: int = 132) -> Config:
-    """Without measurements.
+def rule(target: Target, rows: int, kinds: Kinds, b1: bool, multiprocessors: int = 132) -> Config:
+    """Without measurements. `b1`: whether there is a binary tensor core.
 
     One launch while it can hide one part's tail behind the other. Split K until there are tiles for every
-    multiprocessor, less so where many rows make the partials large. Sign tiles as many as leave registers for 4
-    programs at a time, fewer where there are few variants to fill the chip with.
+    multiprocessor, less so where many rows make the partials large.
     """
-    signs = sign_rule(target, rows)
-    if not native_b1(capability):
-        return replace(signs, impl="unpack")
+    signs = sign_rule(target, rows, kinds)
+    if kinds.signs and not b1:
+        return replace(signs, impl="unpack", registers=None)
     if rows > FLAT_ROWS:
         return replace(signs, impl="signs")
-    split = 1
+    split, few = 1, rows <= 4
     while split < (4 if rows <= 32 else 2) and target.outputs * split < 64 * 1.2 * multiprocessors:
         split *= 2
-    few = rows <= 4
     return replace(signs, impl="flat", split=split, inner=128 if few else 64, stages=3 if few else 4)
 
 
-def sign_rule(target: Target, rows: int) -> Config:
-    """The part of the settings that is about signs."""
+def sign_rule(target: Target, rows: int, kinds: Kinds) -> Config:
+    """The part of the settings that is about signs.
+
+    Tiles as many as leave 16 warps a multiprocessor their registers, fewer where there are few variants to fill the
+    chip with. More rows than that share variants: larger tiles read the planes less often.
+    """
     blocks = target.tiles[1]
-    warps = 4 if blocks <= 48 else 8
+    warps = 4 if blocks <= 24 else 8
     steps = -(-blocks // warps)
-    most = 1 if rows <= 2 else 2 if rows <= 16 else 4
-    tiles = max(1, min(most, 2 ** ((24 // steps).bit_length() - 1) if steps <= 24 else 1))
-    return Config("signs", tiles=tiles, warps=warps)
-
-
-def native_b1(capability: tuple[int, int]) -> bool:
-    """Chips before 8.0 have no m16n8k256, those from 10.0 on no binary tensor core."""
-    return (8, 0) <= capability < (10, 0)
-
-
-@lru_cache(maxsize=16)
-def capability(device: torch.device) -> tuple[int, int]:
-    """(0, 0) where there is no CUDA device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    plain = kinds.planes == 1 and not kinds.columns
+    tiles = 1 if rows <= 2 or steps > 7 else 4 if rows > FLAT_ROWS and steps <= 4 and plain else 2
+    return Config("signs", tiles=tiles, warps=warps, registers=128 if tiles == 2 and warps == 8 and plain else None)
 
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def candidates(target: Target, rows: int, kinds: Kinds) -> list[Config]:
-    """What a benchmark should try on a chip with a binary tensor core, the rule's choice first."""
-    chosen = rule(target, rows, kinds, (9, 0))
-    signs = _sign_candidates(target, rows) if kinds.signs else [chosen]
-    found = [chosen]
-    for outputs, inner, stages in ((64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 4), (128, 128, 3)):
+    """What a benchmark should try on a chip with a binary tensor core, the rule's choice first.
+
+    Base and sign settings vary one after the other, not all with all: each takes seconds to compile.
+    """
+    chosen = rule(target, rows, kinds, b1=True)
+    flat = rule(target, min(rows, FLAT_ROWS), kinds, b1=True)
+    signs = _sign_candidates(target, rows) if kinds.signs else []
+    found = [chosen, replace(chosen, impl="signs", split=1)]
+    if rows <= 2 * FLAT_ROWS:
+        found += [flat, *(replace(flat, **base) for base in _base_candidates(target))]
+        found += [replace(flat, groups=s.groups, tiles=s.tiles, warps=s.warps, registers=s.registers) for s in signs]
+    return list(dict.fromkeys(found + signs))
+
+
+def _base_candidates(target: Target) -> Iterator[dict[str, int]]:
+    for outputs, inner, stages in ((64, 64, 3), (64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 4), (128, 128, 3)):
         for split in (1, 2, 4, 8):
             programs = target.outputs / outputs * split
-            if rows <= 2 * FLAT_ROWS and target.inputs >= split * inner * stages and 90 <= programs <= 1500:
-                base = {"impl": "flat", "outputs": outputs, "inner": inner, "stages": stages, "split": split}
-                found += [replace(s, **base) for s in signs]
-    found += [replace(s, impl="signs") for s in signs]
-    return list(dict.fromkeys(found))
+            if target.inputs >= split * inner * stages and (90 <= programs <= 800 or split == 1):
+                yield {"outputs": outputs, "inner": inner, "stages": stages, "split": split}
 
 
 def _sign_candidates(target: Target, rows: int) -> list[Config]:
-    found = []
+    found: list[Config] = []
     for warps in (4, 8):
         steps = -(-target.tiles[1] // warps)
-        for tiles in (1, 2, 4, 8):
-            for groups in (1, 2):
-                words = steps * tiles * groups * 4
-                if 16 <= words <= 128 and (groups == 1 or rows > 4):
-                    found += [Config("signs", groups=groups, tiles=tiles, warps=warps)]
-                    found += [replace(found[-1], registers=65536 // (128 * warps))] if words <= 64 else []
+        for tiles, groups in ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)):
+            words = 4 * steps * tiles * groups
+            if 16 <= words <= 112 and (groups == 1 or rows > 4):
+                config = Config("signs", groups=groups, tiles=tiles, warps=warps)
+                found += [config, replace(config, registers=128)] if words >= 32 else [config]
     return found
-
-
-def settings(config: Config) -> dict[str, object]:
-    """A config as it stands in a file of measured ones."""
-    return asdict(config)

@@ -19,14 +19,21 @@ from kernels.delta_linear.triton_signs import member_of
 
 
 @triton.jit
-def _signs(WORDS, tile, tiles, kb, KB: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
-    """+1 and -1 of one block of 256 columns: [TILES * 16, 256]. Tiles beyond the last repeat it."""
+def _signs(WORDS, tile, tiles, half, KB: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
+    """+1 and -1 of half a block, columns from 128 half on: [TILES * 16, 128]. Tiles beyond the last repeat it."""
     r = tl.arange(0, TILES * 16)[:, None]
-    word = tl.arange(0, 8)[None, :]
+    word = tl.arange(0, 4)[None, :]
     t = tl.minimum(tile + r // 16, tiles - 1).to(tl.int64)
-    at = WORDS + (t * KB + kb) * 128 + (r % 8 * 4 + word % 4) * 4 + r % 16 // 8 + word // 4 * 2
-    bits = (tl.load(at)[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits * 2 - 1, (TILES * 16, 256)).to(DTYPE)
+    at = WORDS + (t * KB + half // 2) * 128 + (r % 8 * 4 + word) * 4 + r % 16 // 8 + half % 2 * 2
+    bits = tl.reshape((tl.load(at)[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, (TILES * 16, 128))
+    # -1 with its sign flipped where the bit is set.
+    if tl.float32 == DTYPE:
+        signs = ((bits << 31) ^ -0x40800000).to(tl.float32, bitcast=True)
+    elif tl.bfloat16 == DTYPE:
+        signs = ((bits << 15) ^ 0xBF80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        signs = ((bits << 15) ^ 0xBC00).to(tl.int16).to(tl.float16, bitcast=True)
+    return signs
 
 
 @triton.jit
@@ -76,8 +83,8 @@ def _plane(
     words = parts.part(SLAB, TABLE, at, SIGN, tl.int32) + plane * tiles * (KB * 128)
     product = tl.zeros((TILES * 16, ROWS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for kb in range(KB):
-        k = kb * 256 + tl.arange(0, 256)
+    for half in range(2 * KB):
+        k = half * 128 + tl.arange(0, 128)
         x = tl.load(X + row[None, :] * K + k[:, None], mask=(row[None, :] < stop) & (k[:, None] < K), other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
         if COLUMNS:
@@ -85,6 +92,6 @@ def _plane(
             column = parts.part(SLAB, TABLE, at, COL, tl.float32) + (plane * MEMBERS + member) * (KB * 256)
             x = (x.to(tl.float32) * tl.load(column + k, mask=k < limit, other=1.0)[:, None]).to(x.dtype)
         product = tl.dot(
-            _signs(words, tile, tiles, kb, KB, TILES, x.dtype), x, product, input_precision="ieee"
+            _signs(words, tile, tiles, half, KB, TILES, x.dtype), x, product, input_precision="ieee"
         )  # fmt: skip
     return product, total

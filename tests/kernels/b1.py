@@ -53,7 +53,7 @@ def _inline_asm(self: Any, asm: str, operands: str, values: Any, dtypes: Any, pu
 @contextmanager
 def emulated() -> Iterator[None]:
     """On a device, or where the interpreter does it already, this changes nothing."""
-    builder = interpreter.InterpreterBuilder
+    builder: Any = interpreter.InterpreterBuilder
     before = builder.create_inline_asm
     builder.create_inline_asm = _inline_asm
     try:

@@ -18,7 +18,7 @@ FLAT = {80: (*BMMA[80], "HMMA.16816"), 90: (*BMMA[90], "HGMMA")}
 
 
 def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None) -> None:
-    config = config or rule(target, rows, kinds, (9, 0))
+    config = config or rule(target, rows, kinds, b1=True)
     planes = Planes.empty(kinds.sets(target), rows, target.inputs, "meta") if kinds.signs else None
     out = partials_of(target, rows, kinds, torch.bfloat16, "meta", config=config)
     delta_linear(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kernels.delta_linear import wide
 from kernels.delta_linear.choice import Config
-from kernels.delta_linear.device import delta_linear
+from kernels.delta_linear.device import delta_linear, partials_of
+from kernels.delta_linear.self_check import TOLERANCE, native_b1, product_error, self_check
 from kernels.device import Kinds, Partials, Planes, Target
 from kernels.planes import prepare_planes
-from tests.kernels.b1 import emulated
-from tests.kernels.device_harness import DEVICE, DTYPES, MIXES, Rows, World, poisoned, rows, world
+from tests.kernels.b1 import emulated, mma
+from tests.kernels.device_harness import DEVICE, DTYPES, ENTRIES, MIXES, Rows, World, poisoned, rows, world
 
 FLAT = Config("flat", split=2, outputs=64, inner=32, stages=2, tiles=2)
 TWO = Config("signs", tiles=2)
@@ -45,7 +48,7 @@ def run(
         poisoned((config.split, count, width), config.base_dtype(x.dtype)),
         poisoned((count, width), torch.float32) if kinds != Kinds() else None,
     )
-    workspace = torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    workspace = torch.empty(wide.workspace_bytes(target, count, kinds, x.dtype), dtype=torch.uint8, device=DEVICE)
     delta_linear(
         x, planes if kinds.signs else None, weight, target, made.deltas, batch.entry_T, batch.segments_G4, kinds, out,
         workspace, config=config,
@@ -83,16 +86,144 @@ def near(actual: torch.Tensor, expected: torch.Tensor, share: float) -> None:
     assert (actual.double() - expected).abs().max() <= share * expected.square().mean().sqrt()
 
 
-SIGN_ENTRIES = [
-    {"signs": 1}, {"signs": 1}, {}, {"signs": 1}, {"signs": 1}, {"signs": 1}, {"signs": 1}, {"signs": 1}, {"signs": 1},
-]  # fmt: skip
+SIGN_ENTRIES = [{"signs": 1}, {"signs": 1}, {}, *[{"signs": 1}] * 6]
+SETTINGS = [(FLAT, DTYPES[0]), (TWO, DTYPES[1]), (Config("unpack"), DTYPES[1])]
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("config", [FLAT, TWO, Config("unpack")], ids=lambda c: c.impl)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("config", "dtype"), SETTINGS, ids=lambda value: getattr(value, "impl", str(value)))
 def test_mixes(mix: str, config: Config, dtype: torch.dtype) -> None:
-    target = Target(1, 40, 700)
+    target = Target(1, 24, 300)
     made = world([Target(0, 16, 8), target], SIGN_ENTRIES, dtype)
     batch = rows(MIXES[mix], padding=2, spare_segments=2)
-    check(made, target, batch, activations(len(batch.entry_T), 700, dtype), config)
+    check(made, target, batch, activations(len(batch.entry_T), 300, dtype), config)
+
+
+@pytest.mark.parametrize(("config", "dtype"), SETTINGS, ids=lambda value: getattr(value, "impl", str(value)))
+def test_every_kind_in_one_batch(config: Config, dtype: torch.dtype) -> None:
+    """All of them, in a fused target whose blocks of tiles do not end where its members do."""
+    target = Target(1, 90, 260, (0, 16, 64))
+    specs = [*ENTRIES.values(), {"quant": 4}]
+    made = world([Target(0, 16, 8), target], specs, dtype, seed=3)
+    batch = rows([*range(1, len(specs) + 1), 0, 3, 3, 10, 10, 10])
+    share = 2e-3 if dtype == torch.float32 and config.impl != "unpack" else 3e-2
+    check(made, target, batch, activations(len(batch.entry_T), 260, dtype), config, share=share)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 3], [4], [2, 1, 4, 5, 8, 9], [64]], ids=str)
+@pytest.mark.parametrize("config", [TWO, replace(TWO, warps=8, tiles=1, groups=2), Config("unpack")], ids=str)
+def test_segments_of_every_length(lengths: list[int], config: Config) -> None:
+    """Kernels take one, four or eight rows of a variant at a time."""
+    target, made = Target(0, 10, 260), world([Target(0, 10, 260)], [{"signs": 1}] * len(lengths), torch.float32)
+    batch = rows([entry for entry, n in enumerate(lengths, start=1) for _ in range(n)])
+    check(made, target, batch, activations(sum(lengths), 260, torch.float32), config)
+
+
+def test_settings_do_not_change_a_bit() -> None:
+    """Sums are integers, and each is scaled in one way: tests of one configuration hold for all."""
+    target = Target(0, 40, 260, (0, 32))
+    made = world([target], [{"signs": 2, "col": True}, {"signs": 1}, {"signs": 2}], torch.float32)
+    batch = rows([1, 2, 3, 3, 3, 3, 3])
+    x = activations(7, 260, torch.float32)
+    results = [
+        run(made, target, batch, x, Config("signs", tiles=tiles, groups=groups, warps=warps))[1].delta_TN
+        for tiles, groups, warps in ((1, 1, 4), (4, 1, 4), (1, 2, 8))
+    ]
+    assert results[0] is not None
+    for result in results[1:]:
+        assert result is not None
+        assert torch.equal(result, results[0])
+
+
+def test_larger_vocabularies() -> None:
+    """Columns up to each variant's own number of outputs; zeros from there on, in the base too."""
+    target, specs = Target(0, 40, 260), [{"signs": 1, "extra": 10}, {"signs": 1}, {"signs": 1, "extra": 27}, {}]
+    made, batch = world([target], specs, torch.float32), rows([1, 2, 3, 4])
+    for config in (FLAT, TWO, Config("unpack")):
+        check(made, target, batch, activations(4, 260, torch.float32), config, width=90)
+
+
+@pytest.mark.parametrize("config", [FLAT, TWO], ids=lambda c: c.impl)
+@pytest.mark.parametrize("inputs", [7, 250, 768])
+def test_base_alone(config: Config, inputs: int) -> None:
+    target = Target(0, 40, inputs)
+    made, batch, x = world([target], [], torch.float32), rows([0] * 3), activations(3, inputs, torch.float32)
+    weight, out = run(made, target, batch, x, config)
+    assert out.delta_TN is None
+    near(out.base_STN.double().sum(0), x.double() @ weight.double().T, 1e-5)
+
+
+def test_error_of_fixed_point() -> None:
+    """As `kernels.planes` says: bounded always, and on average, even with a channel 60 times the others."""
+    target = Target(0, 32, 2048)
+    made, batch, x = world([target], [{"signs": 1}], torch.float32), rows([1] * 4), activations(4, 2048, torch.float32)
+    x[2:, 77] *= 60
+    _, out = run(made, target, batch, x, TWO)
+    assert out.delta_TN is not None
+    matrix = made.matrix(1, target).double().to(DEVICE)
+    expected = x.double() @ matrix.T
+    error = (out.delta_TN.double() - expected).abs()
+    bound = target.inputs * x.double().abs().amax(1)[:, None] / 65278 * matrix.abs().amax(1)
+    assert (error <= bound * 1.001).all()
+    share = error.square().mean(1).sqrt() / x.double().square().sum(1).sqrt() / matrix.square().mean().sqrt()
+    assert (share[:2] <= 6e-5).all()
+    assert (share[2:] <= 1.3 * (target.inputs / 12) ** 0.5 / 32639).all()
+
+
+def test_another_variant_in_the_slot_is_seen() -> None:
+    """A graph's next replay uses what the table then says, and nothing that was there before."""
+    target = Target(0, 40, 260)
+    made, batch = world([target], [{"signs": 1}, {"signs": 1}, {}], torch.float32), rows([1, 1])
+    x = activations(2, 260, torch.float32)
+    table, meaning = made.deltas.table_EJF, dict(made.meaning)
+    rows_of = table.clone()
+    for entry in (1, 2, 3, 1):
+        table[1], made.meaning[1, 0] = rows_of[entry], meaning[entry, 0]
+        for config in (FLAT, TWO, Config("unpack")):
+            _, out = run(made, target, batch, x, config, kinds=Kinds(signs=True))
+            assert out.delta_TN is not None
+            near(out.delta_TN, x.double() @ made.matrix(1, target).double().to(DEVICE).T, 2e-3)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter's mma is the one that is checked")
+def test_self_check_on_the_device() -> None:
+    checked = self_check(torch.device("cuda", torch.cuda.current_device()))
+    assert checked.ok == native_b1(torch.cuda.get_device_capability()), checked.reason
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="breaks the interpreter's mma")
+def test_self_check_sees_wrong_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert product_error(DEVICE, tiles=2, warps=4) <= TOLERANCE
+    monkeypatch.setattr("tests.kernels.b1.mma", lambda a, b, c: mma(a[..., ::-1], b, c))
+    assert not product_error(DEVICE, tiles=2, warps=4) <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_a_captured_linear_reads_tables_anew() -> None:
+    target, dtype = Target(0, 512, 1024), torch.bfloat16
+    made, x = world([target], [{"signs": 1}] * 3, dtype), activations(4, 1024, dtype)
+    kinds, batch, other = made.kinds(), rows([1, 1, 2, 3]), rows([1, 2, 3, 3])
+    weight = torch.randn(512, 1024, device=DEVICE).to(dtype)
+    planes = Planes.empty(1, 4, 1024, DEVICE)
+    out, workspace = partials_of(target, 4, kinds, dtype, DEVICE), torch.empty(0, dtype=torch.uint8, device=DEVICE)
+
+    def step() -> None:
+        prepare_planes(x, planes, target, made.deltas, batch.entry_T, kinds)
+        delta_linear(
+            x, planes, weight, target, made.deltas, batch.entry_T, batch.segments_G4, kinds, out, workspace
+        )  # fmt: skip
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    batch.entry_T.copy_(other.entry_T)
+    batch.segments_G4.copy_(other.segments_G4)
+    x.copy_(activations(4, 1024, dtype, seed=1))
+    graph.replay()
+    assert out.delta_TN is not None
+    for entry, start, stop in other.segments:
+        expected = x[start:stop].double() @ made.matrix(entry, target).double().to(DEVICE).T
+        near(out.delta_TN[start:stop], expected, 2e-3)
+    near(out.base_STN.double().sum(0), x.double() @ weight.double().T, 2e-2)

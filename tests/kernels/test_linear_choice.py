@@ -1,0 +1,99 @@
+"""Which configuration a decode-sized linear gets: the rule, what was measured, what a benchmark should try."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import configs
+from kernels.delta_linear import choice
+from kernels.delta_linear.choice import FLAT_ROWS, Config, candidates, choose, key, rule
+from kernels.delta_linear.device import member_blocks, split_of
+from kernels.delta_linear.self_check import SelfCheck, native_b1
+from kernels.device import Kinds, Target
+
+SIGNS = Kinds(signs=True)
+SHAPES = [
+    (12288, 4096),
+    (4096, 4096),
+    (22016, 4096),
+    (4096, 11008),
+    (6144, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (48, 40),
+]
+
+
+@pytest.fixture
+def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where its measured configurations lie. Its binary tensor core passes."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(choice, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(choice, "self_check", lambda device: SelfCheck(True, ""))
+    monkeypatch.setattr(configs, "_ROOT", tmp_path)
+    configs._table.cache_clear()
+    file = configs.path("delta_linear", "NVIDIA H200")
+    file.parent.mkdir(parents=True)
+    return file
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 16, 64, 128, 256])
+@pytest.mark.parametrize(
+    "kinds", [Kinds(), SIGNS, Kinds(signs=True, columns=True, planes=2)], ids=["base", "signs", "columns"]
+)
+def test_candidates_begin_with_the_rule(shape: tuple[int, int], rows: int, kinds: Kinds) -> None:
+    target = Target(0, *shape)
+    found = candidates(target, rows, kinds)
+    assert found[0] == rule(target, rows, kinds, b1=True)
+    assert len(set(found)) == len(found) <= 60
+    assert {c.impl for c in found} == ({"flat", "signs"} if rows <= 2 * FLAT_ROWS else {"signs"})
+    assert all(c.split == 1 for c in found if c.impl != "flat")
+
+
+def test_rule() -> None:
+    square, wide = Target(0, 4096, 4096), Target(0, 22016, 4096)
+    assert rule(square, 8, SIGNS, b1=True).impl == "flat"
+    assert rule(square, 8, SIGNS, b1=True).split == 4
+    assert rule(wide, 8, SIGNS, b1=True).split == 1
+    assert rule(square, FLAT_ROWS + 1, SIGNS, b1=True).impl == "signs"
+    assert rule(square, 8, SIGNS, b1=False).impl == "unpack"
+    assert rule(square, 8, Kinds(), b1=False).impl == "flat"
+
+
+def test_measured_configurations_come_first(on_h200: Path) -> None:
+    target, device = Target(0, 4096, 4096), torch.device("cuda")
+    measured = Config("flat", split=8, tiles=8)
+    on_h200.write_text(json.dumps({key(target, 8, SIGNS): asdict(measured)}))
+    assert choose(target, 7, SIGNS, device) == measured
+    assert split_of(target, 5, SIGNS, device) == 8
+    assert choose(target, 9, SIGNS, device) == rule(target, 9, SIGNS, b1=True)
+    assert choose(target, 8, Kinds(), device) == rule(target, 8, Kinds(), b1=True)
+
+
+def test_a_chip_that_fails_its_check_unpacks(on_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(0, 4096, 4096)
+    on_h200.write_text(json.dumps({key(target, 8, SIGNS): asdict(Config("flat", split=8))}))
+    monkeypatch.setattr(choice, "self_check", lambda device: SelfCheck(False, "off by 1"))
+    assert choose(target, 8, SIGNS, torch.device("cuda")).impl == "unpack"
+
+
+def test_capabilities() -> None:
+    assert [native_b1(c) for c in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+        False,
+        *[True] * 3,
+        False,
+        False,
+    ]
+
+
+def test_blocks_of_members() -> None:
+    """Members of 7, 3 and 6 tiles in blocks of 2: 4 + 2 + 3."""
+    target, config = Target(0, 250, 300, (0, 112, 160)), Config("signs", tiles=2)
+    assert member_blocks(target, 250, Kinds(signs=True, columns=True), config) == (9, 7, 10)
+    assert member_blocks(target, 250, SIGNS, config) == (8, 16, 16)
