@@ -211,6 +211,17 @@ def test_members_of_different_codecs(tmp_path: Path) -> None:
     assert filled.layout.kinds == StepKinds(Kinds(signs=True, columns=True, planes=3, rank=32, dense=True))
 
 
+@pytest.mark.parametrize("mask_rows", [1, 64])
+def test_dropout_over_many_rows(tmp_path: Path, mask_rows: int) -> None:
+    """More rows than are expanded at a time, the last mask block cut short."""
+    decoder = Decoder.load(make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=304))
+    base, delta = base_state(tmp_path / "base"), FakeDelta()
+    for name in ("gate", "up"):
+        fields = {**KINDS["dropout-2-row"], "mask_rows": mask_rows}
+        delta.add(base, f"model.layers.0.mlp.{name}_proj.weight", torch.Generator().manual_seed(1), **fields)
+    check(decoder, delta, base)
+
+
 def test_what_equals_the_base_has_no_parts(tmp_path: Path) -> None:
     decoder = Decoder.load(make_base(tmp_path / "base", **CONFIG))
     layout = DeviceLayout.plan(FakeDelta(), decoder.config, torch.float32)

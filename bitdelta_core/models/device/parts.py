@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 
 from bitdelta_core.delta import deltadq
+from bitdelta_core.delta.quant import unpack
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.device.bitplanes import bit_planes
@@ -27,6 +28,7 @@ from kernels.fragments import TILE_COLUMNS, TILE_ROWS, pack, tiles
 
 RANK_STEP = 16
 QUANT_ROWS = 16 * TILE_ROWS
+"""Rows of quantised values cut into planes at a time: a multiple of every mask block of deltadq"""
 
 
 class Part(Protocol):
@@ -203,21 +205,34 @@ def _fill_levels(
     reader: Reader, entry: TensorEntry, sign_PHBLc: torch.Tensor, scale_PN: torch.Tensor, zero_N: torch.Tensor
 ) -> None:
     """(q - 2^(P-1)) * step as P planes: see `Field.ZERO`."""
-    planes = sign_PHBLc.shape[0]
-    if entry.codec == "quant":
-        packed_Nk, bits, step_N = reader.part(entry, "q"), entry.bits, reader.part(entry, "scale").float()
-    else:
-        scales = {part: reader.part(entry, part) for part in entry.parts() if part != "code"}
-        step_N = deltadq.half_scales(entry, scales)
-        values_NK = deltadq.expand(entry, reader.part(entry, "code"))
-        packed_Nk, bits = values_NK.add_(2**entry.bits).view(torch.uint8), 8
+    planes, inputs = sign_PHBLc.shape[0], entry.shape[1]
+    levels = reader.part(entry, "q" if entry.codec == "quant" else "code")
+    step_N = reader.part(entry, "scale").float() if entry.codec == "quant" else _half_scales(reader, entry)
     check_finite(step_N, entry, "scale")
     scale_PN.copy_(2.0 ** (torch.arange(planes) - 1)[:, None] * step_N)
     zero_N.copy_(step_N / -2)
-    for at in range(0, packed_Nk.shape[0], QUANT_ROWS):  # what is worked on stays in the cache
-        planes_PNk = bit_planes(packed_Nk[at : at + QUANT_ROWS], bits, entry.shape[1])[:planes]
-        first, high = at // TILE_ROWS, tiles(planes_PNk.shape[1], 1)[0]
-        pack(planes_PNk, sign_PHBLc[:, first : first + high])
+    for at in range(0, levels.shape[0], QUANT_ROWS):  # what is worked on stays in the cache
+        q_Rk, bits = levels[at : at + QUANT_ROWS], entry.bits
+        if entry.codec == "deltadq":
+            values_RK = _dropout_values(entry, q_Rk, at)
+            q_Rk, bits = values_RK.add_(2**entry.bits).view(torch.uint8), 8
+        planes_PRk = bit_planes(q_Rk, bits, inputs)[:planes]
+        first, high = at // TILE_ROWS, tiles(planes_PRk.shape[1], 1)[0]
+        pack(planes_PRk, sign_PHBLc[:, first : first + high])
+
+
+def _dropout_values(entry: TensorEntry, code_Rk: torch.Tensor, first: int) -> torch.Tensor:
+    """Rows first .. first + R of a deltadq matrix, a multiple of its mask blocks on: int8 [R, K] in half scales."""
+    rows = code_Rk.shape[0]
+    blocks = first // entry.mask_rows, -(-(first + rows) // entry.mask_rows)
+    columns_RV = deltadq.kept_columns(entry, *blocks).repeat_interleave(entry.mask_rows, 0)[:rows]
+    values_RV = 2 * unpack(code_Rk, entry.bits, entry.kept).to(torch.int8) - (2**entry.bits - 1)
+    wide_RK = torch.zeros((rows, entry.padded_columns), dtype=torch.int8)
+    return wide_RK.scatter_(1, columns_RV, values_RV)[:, : entry.shape[1]]
+
+
+def _half_scales(reader: Reader, entry: TensorEntry) -> torch.Tensor:
+    return deltadq.half_scales(entry, {part: reader.part(entry, part) for part in entry.parts() if part != "code"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +298,7 @@ class Dense:
 def _difference(reader: Reader, entry: TensorEntry, base: BaseWeight) -> torch.Tensor:
     """float32 [N, K]"""
     if entry.codec == "deltadq":
-        scales = {part: reader.part(entry, part) for part in entry.parts() if part != "code"}
-        return deltadq.expand(entry, reader.part(entry, "code")) * deltadq.half_scales(entry, scales)[:, None]
+        return deltadq.expand(entry, reader.part(entry, "code")) * _half_scales(reader, entry)[:, None]
     value_NK, base_NK = reader.part(entry, "value").to(torch.float32, copy=True), base(entry.name)
     shared = min(base_NK.shape[0], value_NK.shape[0])
     value_NK[:shared] -= base_NK[:shared].to("cpu", torch.float32)
