@@ -39,31 +39,32 @@ def sample(
     counts = rows.fields_SF if counts_QV is None else counts_QV  # a pointer that is not followed
     given, words = (logits_SV, counts, rows.fields_SF), out.words_4S
     strides = (logits_SV.stride(0), counts.stride(0), width)
-    slices, histogram, state, tickets = w.best_SB.stride(0), (w.count_SH, w.weight_SH), w.state_SX, w.tickets_SX
+    slices, histogram = w.best_SB.stride(0), (w.count_SH, w.weight_SH)
+    found = (w.state_SX, w.level_SX)
+    stages = (*found, w.tickets_SX)
     cut = {"HAS_COUNTS": counts_QV is not None, "BLOCK": config.columns}
     ended = {"PADDED": triton.next_power_of_2(grid[0])}
-    # Fused multiply-adds round otherwise than the specification.
-    launch = {"num_warps": config.warps, "enable_fp_fusion": False}
+    # Fused multiply-adds round otherwise than the specification. Left to itself, ptxas saves registers until it spills.
+    launch = {"num_warps": config.warps, "enable_fp_fusion": False, "maxnreg": 168}
     best_kernel[grid](
-        *given, words, w.best_SB, w.where_SB, w.sum_SB, *histogram, state, tickets, count, *strides, slices, **cut,
+        *given, words, w.best_SB, w.where_SB, w.sum_SB, *histogram, *stages, count, *strides, slices, **cut,
         **ended, RANDOM=wants.random, TRUNCATED=wants.truncated, RANKS=wants.ranks, BINS=BINS, **launch,
     )  # fmt: skip
     if not wants.random:
         return
     weigh_kernel[grid](
-        *given, words, w.mass_SB, *histogram, state, tickets, count, *strides, slices, **cut,
+        *given, words, w.mass_SB, *histogram, *stages, count, *strides, slices, **cut,
         **ended, TRUNCATED=wants.truncated, BINS=BINS, CHUNK=CHUNK, **launch,
     )  # fmt: skip
     if wants.truncated:
         listed = {"BINS": BINS, "LISTED": config.listed}
-        lists = (w.logit_SL, w.id_SL, state, tickets)
+        lists = (w.logit_SL, w.id_SL, *stages)
         gather_kernel[grid](*given, *lists, *strides, **cut, **listed, **launch)
         search = cut | {"BLOCK": config.searched}
-        cut_kernel[(count,)](
-            *given, *lists, *strides, **search, **listed, **(launch | {"num_warps": config.search_warps})
-        )
+        one = launch | {"num_warps": config.search_warps}
+        cut_kernel[(count,)](*given, *lists, *strides, **search, **listed, **one)
         mass_kernel[grid](
-            *given, words, w.mass_SB, state, tickets, count, *strides, slices, **cut, **ended, BINS=BINS, **launch
+            *given, words, w.mass_SB, *stages, count, *strides, slices, **cut, **ended, BINS=BINS, **launch
         )
     if wants.ranks:
-        rank_kernel[grid](*given, words, state, count, *strides, **cut, **launch)
+        rank_kernel[grid](*given, words, *found, count, *strides, **cut, **launch)

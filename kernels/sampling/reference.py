@@ -33,7 +33,7 @@ HALVING = (
     -0.0012747483560815454,
     0.00010902324720518664,
 )
-"""2^-f = 1 + f (HALVING[0] + f (HALVING[1] + ...)) for f in [0, 1): in float32 off by 2e-7 of itself, and monotone."""
+"""2^-f = 1 + f (HALVING[0] + f (HALVING[1] + ...)) for f in [0, 1): in float32 off by 2e-7 of itself."""
 
 
 def sample(logits_SV: torch.Tensor, rows: SamplingRows, counts_QV: torch.Tensor | None, out: Sampled) -> None:

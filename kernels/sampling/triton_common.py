@@ -41,30 +41,33 @@ LAST_ID = tl.constexpr(2**31 - 1)
 LOWEST_KEY = tl.constexpr(-(2**40))
 """Below every key"""
 
-# state_SX, int64
+# state_SX
 STATE_WIDTH = tl.constexpr(16)
 PENDING = tl.constexpr(0)
 """1: best left this row to the next stages"""
-BEST_LOGIT = tl.constexpr(1)
-LOGSUM = tl.constexpr(2)
-"""log of the sum of exp(l)"""
-K_BIN = tl.constexpr(3)
+K_BIN = tl.constexpr(1)
 """In which top-k ends; BINS: nowhere"""
-K_ABOVE = tl.constexpr(4)
+K_ABOVE = tl.constexpr(2)
 """How many tokens lie in bins before it"""
-K_MASS = tl.constexpr(5)
+K_MASS = tl.constexpr(3)
 """And their weights"""
-P_FIRST = tl.constexpr(6)
+P_FIRST = tl.constexpr(4)
 """In which of these bins top-p ends"""
-P_LAST = tl.constexpr(7)
-P_MASS = tl.constexpr(8)
+P_LAST = tl.constexpr(5)
+P_MASS = tl.constexpr(6)
 """The weights in bins before the first of them"""
-CUT_LOGIT = tl.constexpr(9)
-"""Kept are larger logits,"""
-CUT_ID = tl.constexpr(10)
-"""and of those that equal it ids up to this one"""
-CHOSEN_LOGIT = tl.constexpr(11)
-"""The logit of the token drawn"""
+CUT_ID = tl.constexpr(7)
+"""The last id that is kept of the logits that equal CUT_LOGIT"""
+
+# level_SX
+LEVEL_WIDTH = tl.constexpr(8)
+BEST_LOGIT = tl.constexpr(0)
+LOGSUM = tl.constexpr(1)
+"""log of the sum of exp(l)"""
+CUT_LOGIT = tl.constexpr(2)
+"""Larger logits are kept."""
+CHOSEN_LOGIT = tl.constexpr(3)
+"""Of the token drawn"""
 
 # tickets_SX, int32
 TICKET_WIDTH = tl.constexpr(8)
@@ -73,35 +76,31 @@ LIST_LENGTH = tl.constexpr(4)
 
 
 @triton.jit
-def float_of(bits):
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def bits_of(value):
-    return value.to(tl.int32, bitcast=True)
+def floats_of(LINE):
+    """The same memory, as float32."""
+    return LINE.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
 def source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width):
-    counts = tl.load(LINE + COUNTS_ROW)
+    FLOATS, counts = floats_of(LINE), tl.load(LINE + COUNTS_ROW)
     return (
         LOGITS + row.to(tl.int64) * stride,
         COUNTS + tl.maximum(counts, 0).to(tl.int64) * counts_stride,
         counts >= 0,
-        float_of(tl.load(LINE + REPETITION)),
-        float_of(tl.load(LINE + INVERSE)),
-        float_of(tl.load(LINE + FREQUENCY)),
-        float_of(tl.load(LINE + PRESENCE)),
+        tl.load(FLOATS + REPETITION),
+        tl.load(FLOATS + INVERSE),
+        tl.load(FLOATS + FREQUENCY),
+        tl.load(FLOATS + PRESENCE),
         tl.load(LINE + VOCAB),
         width,
     )
 
 
 @triton.jit
-def spread_of(LINE, STATES):
-    best = float_of(tl.load(STATES + BEST_LOGIT))
-    return best, float_of(tl.load(LINE + SCALE)), float_of(tl.load(LINE + REACH))
+def spread_of(LINE, LEVELS):
+    FLOATS = floats_of(LINE)
+    return tl.load(LEVELS + BEST_LOGIT), tl.load(FLOATS + SCALE), tl.load(FLOATS + REACH)
 
 
 @triton.jit
@@ -142,7 +141,7 @@ def weigh(logits, spread, BINS: tl.constexpr):
     power = power * fraction + _H1
     power = power * fraction + _H0
     power = power * fraction + 1.0
-    unit = float_of((-whole + (OCTAVES + 127)) << 23)
+    unit = ((-whole + (OCTAVES + 127)) << 23).to(tl.float32, bitcast=True)
     bins = tl.minimum((octaves * BINS_PER_OCTAVE).to(tl.int32), BINS - 1)
     return tl.where(within, (power * unit).to(tl.int64), 0), bins
 
@@ -150,14 +149,14 @@ def weigh(logits, spread, BINS: tl.constexpr):
 @triton.jit
 def key_of(logits):
     """int64 that are ordered as the float32s are, -0 and 0 alike."""
-    bits = bits_of(tl.where(logits == 0, 0.0, logits))
+    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
 @triton.jit
 def logit_of(key):
     bits = key.to(tl.int32)
-    return float_of(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from kernels.sampling.triton_common import (
     CUT_ID,
     CUT_LOGIT,
     LAST_ID,
+    LEVEL_WIDTH,
     LINE_WIDTH,
     LOGPROB,
     LOGSUM,
@@ -36,9 +37,8 @@ from kernels.sampling.triton_common import (
     TOP_P,
     UNIFORM,
     VOCAB,
-    bits_of,
     count_token,
-    float_of,
+    floats_of,
     is_last,
     load_logits,
     share_of,
@@ -51,7 +51,7 @@ from kernels.sampling.triton_truncate import bracket
 
 @triton.jit
 def best_kernel(
-    LOGITS, COUNTS, FIELDS, OUT, BEST, WHERE, SUM, HIST_COUNT, HIST_WEIGHT, STATE, TICKETS,
+    LOGITS, COUNTS, FIELDS, OUT, BEST, WHERE, SUM, HIST_COUNT, HIST_WEIGHT, STATE, LEVEL, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, RANDOM: tl.constexpr, TRUNCATED: tl.constexpr, RANKS: tl.constexpr,
     BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
@@ -75,8 +75,8 @@ def best_kernel(
     if TRUNCATED and truncated:
         for first in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
             bins = first + tl.arange(0, BLOCK)
-            tl.store(HIST_COUNT + row * BINS + bins, tl.zeros([BLOCK], tl.int32), mask=bins < BINS)
-            tl.store(HIST_WEIGHT + row * BINS + bins, tl.zeros([BLOCK], tl.int64), mask=bins < BINS)
+            tl.store(HIST_COUNT + row * BINS + bins, 0, mask=bins < BINS)
+            tl.store(HIST_WEIGHT + row * BINS + bins, 0, mask=bins < BINS)
     if is_last(TICKETS + row * TICKET_WIDTH, 0):
         served = True
         if not RANDOM:
@@ -86,65 +86,55 @@ def best_kernel(
         if not RANKS:
             served = served & (ranked == 0)
         _end_best(
-            source, LINE, STATE + row * STATE_WIDTH, OUT + row, BEST + row * slice_stride, WHERE + row * slice_stride,
-            SUM + row * slice_stride, rows, served, ranked, HAS_COUNTS, PADDED,
+            source, LINE, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH, OUT + row, BEST + row * slice_stride,
+            WHERE + row * slice_stride, SUM + row * slice_stride, rows, served, ranked, HAS_COUNTS, PADDED,
         )  # fmt: skip
 
 
 @triton.jit
 def _end_best(
-    source,
-    LINE,
-    STATES,
-    OUT,
-    BEST_B,
-    WHERE_B,
-    SUM_B,
-    rows,
-    served,
-    ranked,
-    HAS_COUNTS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    source, LINE, STATES, LEVELS, OUT, BEST_B, WHERE_B, SUM_B, rows, served, ranked,
+    HAS_COUNTS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     parts = tl.arange(0, PADDED)
     inside = parts < tl.num_programs(0)
     best_P = tl.load(BEST_B + parts, mask=inside, other=float("-inf"))
     where_P = tl.load(WHERE_B + parts, mask=inside, other=0)
     best = tl.max(best_P, 0)
     finite = (tl.min(where_P, 0) >= 0) & (best < float("inf")) & (best > float("-inf"))
-    greedy = float_of(tl.load(LINE + SCALE)) == 0
+    greedy = tl.load(floats_of(LINE) + SCALE) == 0
     done = finite & greedy
     token = tl.where(done, tl.min(tl.where(best_P == best, where_P, LAST_ID), 0), 0)
     tl.store(OUT, token)
     tl.store(OUT + rows, done.to(tl.int32))
     tl.store(STATES + PENDING, (finite & (greedy == 0) & served).to(tl.int32))
-    tl.store(STATES + BEST_LOGIT, bits_of(best))
+    tl.store(LEVELS + BEST_LOGIT, best)
     if done:
         count_token(source, token, HAS_COUNTS)
     if ranked & finite:
         sum_P = tl.load(SUM_B + parts, mask=inside, other=0.0)
         logsum = tl.log(tl.sum(tl.where(sum_P > 0, sum_P * tl.exp(best_P - best), 0.0), 0))
-        tl.store(STATES + LOGSUM, bits_of(best + logsum))
+        tl.store(LEVELS + LOGSUM, best + logsum)
         if greedy:
             tl.store(OUT + 2 * rows, 1)
-            tl.store(OUT + 3 * rows, bits_of(-logsum))
+            tl.store(floats_of(OUT + 3 * rows), -logsum)
 
 
 @triton.jit
 def weigh_kernel(
-    LOGITS, COUNTS, FIELDS, OUT, MASS, HIST_COUNT, HIST_WEIGHT, STATE, TICKETS,
+    LOGITS, COUNTS, FIELDS, OUT, MASS, HIST_COUNT, HIST_WEIGHT, STATE, LEVEL, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, TRUNCATED: tl.constexpr,
     BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
-    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
         return
     if tl.load(STATES + PENDING) == 0:
         return
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
-    spread = spread_of(LINE, STATES)
+    spread = spread_of(LINE, LEVELS)
     top_k, top_p = tl.load(LINE + TOP_K), tl.load(LINE + TOP_P)
     ids = part * BLOCK + tl.arange(0, BLOCK)
     weights, bins = weigh(load_logits(source, ids, HAS_COUNTS), spread, BINS)
@@ -159,48 +149,48 @@ def weigh_kernel(
                 bracket(STATES, HIST_COUNT + row * BINS, HIST_WEIGHT + row * BINS, top_k, top_p, BINS, CHUNK)
         else:
             _draw(
-                source, spread, LINE, STATES, OUT + row, MASS + row * slice_stride, rows,
+                source, spread, LINE, STATES, LEVELS, OUT + row, MASS + row * slice_stride, rows,
                 HAS_COUNTS, False, BLOCK, PADDED, BINS,
             )  # fmt: skip
 
 
 @triton.jit
 def mass_kernel(
-    LOGITS, COUNTS, FIELDS, OUT, MASS, STATE, TICKETS, rows, stride, counts_stride, width, slice_stride,
+    LOGITS, COUNTS, FIELDS, OUT, MASS, STATE, LEVEL, TICKETS, rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
-    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
         return
     if (tl.load(STATES + PENDING) == 0) | ((tl.load(LINE + TOP_K) == 0) & (tl.load(LINE + TOP_P) == 0)):
         return
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
-    spread = spread_of(LINE, STATES)
+    spread = spread_of(LINE, LEVELS)
     ids = part * BLOCK + tl.arange(0, BLOCK)
-    weights = _kept(source, spread, STATES, ids, HAS_COUNTS, True, BINS)
+    weights = _kept(source, spread, STATES, LEVELS, ids, HAS_COUNTS, True, BINS)
     tl.store(MASS + row * slice_stride + part, tl.sum(weights, 0))
     if is_last(TICKETS + row * TICKET_WIDTH, 2):
         _draw(
-            source, spread, LINE, STATES, OUT + row, MASS + row * slice_stride, rows,
+            source, spread, LINE, STATES, LEVELS, OUT + row, MASS + row * slice_stride, rows,
             HAS_COUNTS, True, BLOCK, PADDED, BINS,
         )  # fmt: skip
 
 
 @triton.jit
-def _kept(source, spread, STATES, ids, HAS_COUNTS: tl.constexpr, CUT: tl.constexpr, BINS: tl.constexpr):
+def _kept(source, spread, STATES, LEVELS, ids, HAS_COUNTS: tl.constexpr, CUT: tl.constexpr, BINS: tl.constexpr):
     """Weights at `ids`, 0 where they are not kept. CUT: by top-k and top-p too."""
     logits = load_logits(source, ids, HAS_COUNTS)
     weights, _ = weigh(logits, spread, BINS)
     if CUT:
-        cut, cut_id = float_of(tl.load(STATES + CUT_LOGIT)), tl.load(STATES + CUT_ID)
+        cut, cut_id = tl.load(LEVELS + CUT_LOGIT), tl.load(STATES + CUT_ID)
         weights = tl.where((logits > cut) | ((logits == cut) & (ids <= cut_id)), weights, 0)
     return weights
 
 
 @triton.jit
 def _draw(
-    source, spread, LINE, STATES, OUT, MASS_B, rows, HAS_COUNTS: tl.constexpr, CUT: tl.constexpr,
+    source, spread, LINE, STATES, LEVELS, OUT, MASS_B, rows, HAS_COUNTS: tl.constexpr, CUT: tl.constexpr,
     BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """The token at the row's random number, from the weights of its slices."""
@@ -211,31 +201,31 @@ def _draw(
     before_P = sums_P <= target
     target -= tl.max(tl.where(before_P, sums_P, 0), 0)
     first = tl.sum(before_P.to(tl.int32), 0) * BLOCK
-    weights = _kept(source, spread, STATES, first + tl.arange(0, BLOCK), HAS_COUNTS, CUT, BINS)
+    weights = _kept(source, spread, STATES, LEVELS, first + tl.arange(0, BLOCK), HAS_COUNTS, CUT, BINS)
     token = first + tl.sum((tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
     tl.store(OUT, token)
     tl.store(OUT + rows, 1)
     if tl.load(LINE + LOGPROB) != 0:
         chosen = load_logits(source, token, HAS_COUNTS)
-        tl.store(STATES + CHOSEN_LOGIT, bits_of(chosen))
+        tl.store(LEVELS + CHOSEN_LOGIT, chosen)
         tl.store(OUT + 2 * rows, 1)
-        tl.store(OUT + 3 * rows, bits_of(chosen - float_of(tl.load(STATES + LOGSUM))))
+        tl.store(floats_of(OUT + 3 * rows), chosen - tl.load(LEVELS + LOGSUM))
     count_token(source, token, HAS_COUNTS)
 
 
 @triton.jit
 def rank_kernel(
-    LOGITS, COUNTS, FIELDS, OUT, STATE, rows, stride, counts_stride, width,
+    LOGITS, COUNTS, FIELDS, OUT, STATE, LEVEL, rows, stride, counts_stride, width,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
-    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
         return
     if (tl.load(STATES + PENDING) == 0) | (tl.load(LINE + LOGPROB) == 0):
         return
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
-    chosen, token = float_of(tl.load(STATES + CHOSEN_LOGIT)), tl.load(OUT + row)
+    chosen, token = tl.load(LEVELS + CHOSEN_LOGIT), tl.load(OUT + row)
     ids = part * BLOCK + tl.arange(0, BLOCK)
     # The token itself has been counted since: its logit is another now.
     logits = load_logits(source, ids, HAS_COUNTS)

@@ -20,6 +20,7 @@ from kernels.sampling.triton_common import (
     K_BIN,
     K_MASS,
     LAST_ID,
+    LEVEL_WIDTH,
     LINE_WIDTH,
     LIST_LENGTH,
     LOWEST_KEY,
@@ -32,7 +33,6 @@ from kernels.sampling.triton_common import (
     TOP_K,
     TOP_P,
     VOCAB,
-    bits_of,
     key_of,
     load_logits,
     logit_of,
@@ -96,18 +96,18 @@ def bracket(STATES, HIST_COUNT_H, HIST_WEIGHT_H, top_k, top_p, BINS: tl.constexp
 
 @triton.jit
 def gather_kernel(
-    LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, TICKETS, stride, counts_stride, width,
+    LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, LEVEL, TICKETS, stride, counts_stride, width,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
-    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
         return
     top_k, top_p = tl.load(LINE + TOP_K), tl.load(LINE + TOP_P)
     if (tl.load(STATES + PENDING) == 0) | ((top_k == 0) & (top_p == 0)):
         return
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
-    spread = spread_of(LINE, STATES)
+    spread = spread_of(LINE, LEVELS)
     k_bin, first, last = tl.load(STATES + K_BIN), tl.load(STATES + P_FIRST), tl.load(STATES + P_LAST)
     LENGTH = TICKETS + row * TICKET_WIDTH + LIST_LENGTH
     LOGIT_L, ID_L = LIST_LOGIT + row * LISTED, LIST_ID + row * LISTED
@@ -183,19 +183,19 @@ def _select(
 
 @triton.jit
 def cut_kernel(
-    LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, TICKETS, stride, counts_stride, width,
+    LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, LEVEL, TICKETS, stride, counts_stride, width,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """The last logit that is kept, and the last id of those that have it: by count, then by weight, then by id."""
     row = tl.program_id(0)
-    LINE, STATES = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH
+    LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
         return
     top_k, top_p = tl.load(LINE + TOP_K), tl.load(LINE + TOP_P)
     if (tl.load(STATES + PENDING) == 0) | ((top_k == 0) & (top_p == 0)):
         return
     source = source_of(LOGITS, COUNTS, LINE, row, stride, counts_stride, width)
-    spread = spread_of(LINE, STATES)
+    spread = spread_of(LINE, LEVELS)
     LOGIT_L, ID_L = LIST_LOGIT + row * LISTED, LIST_ID + row * LISTED
     LENGTH = TICKETS + row * TICKET_WIDTH + LIST_LENGTH
     listed = tl.load(LENGTH)
@@ -225,5 +225,5 @@ def cut_kernel(
                 take = tl.where(found == key, tl.minimum(take, taken), taken)
                 key, ties = found, found_ties
                 mass += above_mass + taken * weight
-    tl.store(STATES + CUT_LOGIT, bits_of(tl.where(key == LOWEST_KEY, float("-inf"), logit_of(key))))
+    tl.store(LEVELS + CUT_LOGIT, tl.where(key == LOWEST_KEY, float("-inf"), logit_of(key)))
     tl.store(STATES + CUT_ID, cut_id)

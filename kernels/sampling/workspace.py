@@ -50,6 +50,8 @@ class Workspace:
     """int32 [S, config.listed]"""
     state_SX: torch.Tensor
     """int64 [S, 16]: what one stage finds out for the next"""
+    level_SX: torch.Tensor
+    """float32 [S, 8]: logits that it finds out"""
     tickets_SX: torch.Tensor
     """int32 [S, 8]: how many programs of each stage have finished; 0 between launches"""
 
@@ -72,5 +74,6 @@ class Workspace:
             new(config.listed, torch.float32),
             new(config.listed, torch.int32),
             new(16, torch.int64),
+            new(8, torch.float32),
             torch.zeros((rows, 8), dtype=torch.int32, device=device),
         )
