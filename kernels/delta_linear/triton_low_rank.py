@@ -34,11 +34,12 @@ from kernels.device import DeviceDeltas, Target
 def shrink_kernel(
     X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T,
     K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
-    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    STRIPS: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """H[split, t, r] = the split's part of x[t] A[r]^T. H is [SPLIT, T, WIDTH]."""
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
-    split, block = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    split, block = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT % BLOCKS
+    start += tl.program_id(0) // (SPLIT * BLOCKS) * BT
     rank = parts.rank_of(TABLE, entry * table_stride)
     if (stop <= start) | (rank == 0):
         return
@@ -46,7 +47,7 @@ def shrink_kernel(
     rows: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
     for r0 in range(block * BR, MEMBERS * rank, BLOCKS * BR):
         r = r0 + tl.arange(0, BR)
-        for t0 in range(start, stop, BT):
+        for t0 in range(start, stop, STRIPS * BT):
             t = t0 + tl.arange(0, BT)
             h = parts.rows_times_matrix(
                 X, x_stride, a, t, stop, r, MEMBERS * rank, split * rows, K, rows, BK, STAGES
@@ -141,6 +142,8 @@ class LowRankConfig:
     stages: int = 4
     blocks: int = 8
     """Programs for the rank blocks of one segment and split"""
+    strips: int = 1
+    """Programs for the row blocks of one segment, split and rank block"""
     outputs: int = 64
     """Of one program of expand"""
     warps: int = 4
@@ -162,6 +165,7 @@ def choose(target: Target, rows: int, max_rank: int, device: torch.device) -> Lo
         split=most_splits(target, rows, max_rank),
         rows=(16 if rows <= 32 else 32) if rows <= MANY_ROWS else 64,
         rank_block=16 if width == 16 else 32,
+        strips=1 if rows <= 64 else 2 if rows <= 128 else 4,
         warps=2 if width == 16 else 4,
     )
 
@@ -171,22 +175,23 @@ def candidates(target: Target, rows: int, max_rank: int) -> list[LowRankConfig]:
     most = most_splits(target, rows, max_rank)
     tall = (16, 32) if rows > 16 else (16,)
     return [
-        LowRankConfig(split, x_rows, block, inner, stages, 8, outputs, warps)
+        LowRankConfig(split, x_rows, block, inner, stages, 8, strips, outputs, warps)
         for split in (1, 2, 4, 8)
         if split <= most
         for x_rows in tall
         for block, warps in ((16, 1), (16, 2), (32, 4))
         for inner, stages in ((128, 4), (256, 3))
+        for strips in ((1,) if rows <= 64 else (1, 2, 4))
         for outputs in (64, 128)
     ]
 
 
 def most_splits(target: Target, rows: int, max_rank: int) -> int:
-    """No configuration has more: the workspace is made for it. Many rows or ranks fill a GPU without."""
-    if rows > MANY_ROWS:
-        return 1
+    """No configuration has more: the workspace is made for it. Many rows or ranks fill a GPU with fewer."""
     width = len(target.members) * max_rank
     most = 8 if width <= 128 else 4 if width <= 512 else 2
+    if rows > MANY_ROWS:
+        most //= 2
     return 2 ** (max(1, min(most, target.inputs // 512)).bit_length() - 1)
 
 
@@ -212,10 +217,11 @@ def shrink(
     assert workspace.numel() >= 4 * size, f"workspace of {workspace.numel()} bytes, {4 * size} needed"
     h = workspace[: 4 * size].view(torch.float32).view(config.split, rows, width)
     blocks = min(config.blocks, triton.cdiv(width, config.rank_block))
-    shrink_kernel[(config.split * blocks, segments_G4.shape[0])](
+    shrink_kernel[(config.split * blocks * config.strips, segments_G4.shape[0])](
         x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, h, rows,
         K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=config.split, BLOCKS=blocks,
-        BT=config.rows, BR=config.rank_block, BK=config.inner, STAGES=config.stages, num_warps=config.warps,
+        STRIPS=config.strips, BT=config.rows, BR=config.rank_block, BK=config.inner, STAGES=config.stages,
+        num_warps=config.warps,
     )  # fmt: skip
     return h
 

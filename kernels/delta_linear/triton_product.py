@@ -74,7 +74,7 @@ def product_kernel(
     X, x_stride, W, SLAB, TABLE, table_stride, TILES, H, OUT, out_stride, T, N, FIRST_1, FIRST_2,
     K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
     BASE: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr, DENSES: tl.constexpr, LOW_RANK: tl.constexpr,
-    PACKED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT = x (W + D)^T if BASE, else OUT += x D^T, for the rows of every tile."""
     entry, start, stop = parts.segment(TILES, tl.program_id(0) // (ROWS // BT))
@@ -101,7 +101,11 @@ def product_kernel(
     total = tl.zeros((BN, BT), tl.float32)
     w_row = n[:, None].to(tl.int64) * K + k[None, :]
     x_at = X + t[None, :].to(tl.int64) * x_stride + k[:, None]
-    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+    # x D^T of variants that have low-rank parts alone is those parts alone.
+    inputs = K
+    if not BASE:
+        inputs = tl.where((planes == 0) & (tl.load(TABLE + at + DENSE) < 0), 0, K)
+    for k0 in tl.range(0, inputs, BK, num_stages=STAGES):
         w_mask = (n < N)[:, None]
         x_mask = (t < stop)[None, :]
         if K % BK != 0:
@@ -122,7 +126,7 @@ def product_kernel(
         low, high = triton_low_rank.members_between(tl.program_id(1) * BN, BN, MEMBERS, N, FIRST_1, FIRST_2)
         for m in range(low, high + 1):
             first, last = triton_low_rank.member_span(m, MEMBERS, N, FIRST_1, FIRST_2)
-            total = add_low_rank(total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, 16)
+            total = add_low_rank(total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, BI)
     y = tl.trans(total)
     y_at = OUT + t[:, None].to(tl.int64) * out_stride + n[None, :]
     y_mask = (t[:, None] < stop) & (n[None, :] < N)
@@ -189,5 +193,6 @@ def product(
         out_TN, out_TN.stride(0), x_TK.shape[0], target.outputs, first[0], first[1],
         K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=split, ROWS=ROWS, BASE=weight_NK is not None,
         PLANES=planes, COLUMNS=kinds.columns, DENSES=kinds.dense, LOW_RANK=kinds.rank > 0, PACKED=packed,
-        BN=config.outputs, BT=config.rows, BK=config.inner, STAGES=config.stages, num_warps=config.warps,
+        BN=config.outputs, BT=config.rows, BK=config.inner, BI=16 if kinds.rank == 16 else 32,
+        STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip

@@ -173,7 +173,9 @@ def prefill_linear(
         way: None: what `choose` finds.
     """
     way = way or choose(target, kinds, x_TK.device)
-    for run in plan(segments, impl or way.impl, way.merge_rows):
+    # Low-rank parts alone cost less than merging them.
+    merge_rows = way.merge_rows if kinds.signs or kinds.dense else x_TK.shape[0] + 1
+    for run in plan(segments, impl or way.impl, merge_rows):
         match run.impl:
             case "merge":
                 scratch = workspace[: max(way.slice_bytes, 16 * weight_NK[0].nbytes)]
