@@ -19,8 +19,9 @@ _LARGEST = tl.constexpr(float(LARGEST))
 _FLOATS = tl.constexpr(UNIT // 4)
 _COL = tl.constexpr(int(Field.COL))
 _PLANES = tl.constexpr(int(Field.PLANES))
-_PROGRAMS = 256
-"""Enough for every multiprocessor to have one or two."""
+_PROGRAMS = 64
+"""Every one of a row's programs reads all of the row, 100 to 200 KB: more of them would spend on the second-level cache
+what they save on packing bits."""
 _MAX_PARTS = 8
 _WIDEST_SLICE = 2048
 """Columns whose planes a program has in registers at once."""

@@ -41,7 +41,8 @@ def cos_sin_kernel(POSITIONS, ENTRY, TABLE, COS, SIN, HALF: tl.constexpr, WIDTH:
     start = tl.load(mine + HALF + 2)
     # NTK by length: theta * stretch^(D / (D - 2)), so frequency i falls by stretch^(2i / (D - 2)).
     stretch = 1.0 + growth * tl.maximum(position.to(tl.float32) + 1.0 - start, 0.0)
-    frequency *= tl.exp2(tl.log2(stretch) * (i.to(tl.float32) * (-1.0 / (HALF - 1))))
+    slower = tl.exp2(tl.log2(stretch) * (i.to(tl.float32) * (-1.0 / (HALF - 1))))
+    frequency = tl.where(stretch > 1.0, frequency * slower, frequency)
     cos, sin = _cos_sin_of(position.to(tl.float32) * frequency)
     tl.store(COS + row * HALF + i, cos * scaling, mask=i < HALF)
     tl.store(SIN + row * HALF + i, sin * scaling, mask=i < HALF)

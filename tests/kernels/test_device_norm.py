@@ -55,6 +55,11 @@ def test_in_place_without_planes() -> None:
     check(100, rows([0, 1, 2]), DTYPES[0], DTYPES[0], split=1, planes=False, in_place=True)
 
 
+def test_a_residual_cannot_be_written_while_its_row_is_read() -> None:
+    with pytest.raises(AssertionError, match="read while it is written"):
+        check(100, rows([0, 1, 2]), DTYPES[0], DTYPES[0], split=1, in_place=True)
+
+
 def test_a_bad_row_spoils_no_other() -> None:
     """NaN in one row's residual, and in everything of a variant that no row has."""
     batch = rows([1, 1, 3])

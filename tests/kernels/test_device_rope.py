@@ -48,13 +48,15 @@ def run_cos_sin(
 
 @pytest.mark.parametrize("dim", [8, 64, 80])
 def test_cos_sin(dim: int) -> None:
-    """Every kind in one step, positions within and beyond max_position_embeddings."""
+    """Every kind in one step, positions within and beyond max_position_embeddings.
+
+    float32 powers that are off by 4e-7 turn position 2047 by 1e-3 radians."""
     positions, configs = [0, 1, 63, 64, 99, 127, 128, 400, 2047, 0], [config(s, dim, 128) for s in ROPES]
     for first in range(len(ROPES)):
         entries = [(first + i) % len(ROPES) for i in range(len(positions))]
         expected = cos_sin_reference(tuple(configs), torch.tensor(entries), torch.tensor(positions))
         for actual, wide in zip(run_cos_sin(configs, entries, positions), expected, strict=True):
-            torch.testing.assert_close(actual.cpu(), wide[:, : dim // 2], rtol=0, atol=2e-4)
+            torch.testing.assert_close(actual.cpu(), wide[:, : dim // 2], rtol=0, atol=1e-3)
 
 
 def test_dynamic_is_default_within_the_trained_length() -> None:
