@@ -16,8 +16,13 @@ from transformers import (
 )
 
 from bitdelta_core.engine.api import SamplingParams
-from bitdelta_core.engine.sampler import Row, RowState, logprob_rows, sample
+from bitdelta_core.engine.sampler import Row, RowState, logprob_rows, sample, table
+from kernels.sampling import Impl
+from kernels.sampling import sample as kernel_sample
+from kernels.sampling.rows import FRACTION, Sampled, SamplingRows, Wants, start_counts
+from kernels.sampling.workspace import Workspace
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 41
 PROMPT = (3, 5, 5, 7)
 
@@ -132,6 +137,37 @@ def test_counts_grow_with_the_sequence() -> None:
         stepped = sample(given.clone(), [Row(state, generated, 4 + step)])
         assert stepped == sample(given.clone(), [row(params, generated=tuple(generated))])
         generated.append(stepped[0].token_id % 3)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_rows_of_a_device_table_give_the_same_tokens(impl: Impl) -> None:
+    """Counts that the kernels keep, against counts of what was generated; over several steps."""
+    steps = 6 if impl == "reference" else 2
+    params = [
+        SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.7, presence_penalty=0.2),
+        SamplingParams(temperature=1.4, top_k=7, repetition_penalty=1.3, logprobs=0),
+        SamplingParams(temperature=0, repetition_penalty=1.8),
+    ]
+    states = [row(p, seed=i).state for i, p in enumerate(params)]
+    counts_QV = torch.empty(3, VOCAB, dtype=torch.int32, device=DEVICE)
+    none = torch.tensor([], dtype=torch.int64, device=DEVICE)
+    for i in range(3):
+        start_counts(counts_QV, i, torch.tensor(PROMPT, device=DEVICE), none)
+    out, workspace = Sampled.empty(3, DEVICE), Workspace.empty(3, VOCAB, DEVICE)
+    generated: list[list[int]] = [[], [], []]
+    for step in range(steps):
+        given, position = logits(3, seed=step), len(PROMPT) + step
+        lines = [s.values.pack(int(s.uniform(position) * 2**FRACTION), i) for i, s in enumerate(states)]
+        kernel_sample(
+            given.to(DEVICE), SamplingRows(table(lines, DEVICE)), counts_QV, out, workspace, Wants(), impl=impl
+        )
+        expected = sample(given, [Row(s, g, position) for s, g in zip(states, generated, strict=True)])
+        assert out.token_S.tolist() == [e.token_id for e in expected]
+        assert expected[1].logprobs is not None
+        assert out.logprob_S[1].item() == pytest.approx(expected[1].logprobs.logprob, abs=1e-5)
+        assert out.rank_S[1].item() == expected[1].logprobs.rank
+        for tokens, drawn in zip(generated, expected, strict=True):
+            tokens.append(drawn.token_id)
 
 
 def test_logit_bias_and_min_tokens() -> None:
