@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -73,6 +74,9 @@ class Way:
     """Of every segment; None: merge those of `merge_rows` or more, split the others"""
     merge_rows: int = MERGE_ROWS
     slice_bytes: int = SLICE_BYTES
+    """Of scratch that merging uses"""
+    overlap: bool = False
+    """Merge on a stream of its own, half of the slice_bytes at a time"""
     merge: MergeConfig | None = None
     product: ProductConfig | None = None
     """None: by rule"""
@@ -134,6 +138,7 @@ def choose(target: Target, kinds: Kinds, device: torch.device) -> Way:
         found.get("impl"),
         found.get("merge_rows", MERGE_ROWS),
         found.get("slice_bytes", SLICE_BYTES),
+        found.get("overlap", False),
         MergeConfig(**merge_config) if merge_config else None,
         ProductConfig(**product_config) if product_config else None,
     )
@@ -145,7 +150,7 @@ def candidates(target: Target, kinds: Kinds, rows: int) -> list[Way]:
     whole = target.outputs * target.inputs * 2
     slices = [whole, *(size for size in (2**23, 2**24, 2**25) if size < whole)]
     ways = [Way("merge", slice_bytes=whole, merge=config) for config in triton_merge.candidates(target, kinds)]
-    ways += [Way("merge", slice_bytes=size) for size in slices[1:]]
+    ways += [Way("merge", slice_bytes=size, overlap=overlap) for size in slices for overlap in (False, True)]
     ways += [Way(impl, product=c) for impl in ("fused", "split") for c in triton_product.candidates(rows)]
     return [*ways, Way("specialised")]
 
@@ -178,7 +183,7 @@ def prefill_linear(
     for run in plan(segments, impl or way.impl, merge_rows):
         match run.impl:
             case "merge":
-                scratch = workspace[: max(way.slice_bytes, 16 * weight_NK[0].nbytes)]
+                scratch = workspace[: max(way.slice_bytes, 32 * weight_NK[0].nbytes)]
                 for segment in run.segments:
                     _merged(x_TK, weight_NK, target, deltas, segment, kinds, out_TN, scratch, way)
             case "split":
@@ -207,26 +212,48 @@ def merged_linear(
     scratch: torch.Tensor,
     *,
     config: MergeConfig | None = None,
+    side: torch.cuda.Stream | None = None,
 ) -> None:
     """out = x (W + D)^T for rows of one variant, through as much of W + D at a time as the scratch holds.
 
     Args:
-        scratch: uint8, aligned to 256, at least 16 rows of W.
+        scratch: uint8, aligned to 256, at least 16 rows of W, with `side` 32.
+        side: a stream on which the next slice is merged while the last one is multiplied with, in the other half of
+            the scratch.
     """
-    step = scratch.numel() // (target.inputs * weight_NK.itemsize)
+    halves = 1 if side is None else 2
+    row_bytes = target.inputs * weight_NK.itemsize
+    step = scratch.numel() // (halves * row_bytes)
     step = target.outputs if step >= target.outputs else step // 16 * 16
     assert step > 0, f"scratch of {scratch.numel()} bytes for {target.inputs} inputs"
-    merged_SK = scratch[: step * target.inputs * weight_NK.itemsize].view(weight_NK.dtype).view(step, -1)
-    for first in range(0, target.outputs, step):
-        last = min(first + step, target.outputs)
-        part_SK = merged_SK[: last - first]
-        merge(weight_NK, target, deltas, entry, kinds, part_SK, rows=(first, last), config=config)
+    merged_hSK = scratch[: halves * step * row_bytes].view(weight_NK.dtype).view(halves, step, -1)
+    spans = [(first, min(first + step, target.outputs)) for first in range(0, target.outputs, step)]
+    parts = [merged_hSK[i % halves, : last - first] for i, (first, last) in enumerate(spans)]
+    if side is None:
+        for (first, last), part_SK in zip(spans, parts, strict=True):
+            merge(weight_NK, target, deltas, entry, kinds, part_SK, rows=(first, last), config=config)
+            torch.mm(x_RK, part_SK.T, out=out_RN[:, first:last])
+        return
+    here = torch.cuda.current_stream(x_RK.device)
+    free = [here.record_event()] * halves
+    for i, ((first, last), part_SK) in enumerate(zip(spans, parts, strict=True)):
+        with torch.cuda.stream(side):
+            side.wait_event(free[i % halves])
+            merge(weight_NK, target, deltas, entry, kinds, part_SK, rows=(first, last), config=config)
+            here.wait_event(side.record_event())
         torch.mm(x_RK, part_SK.T, out=out_RN[:, first:last])
+        free[i % halves] = here.record_event()
+
+
+@lru_cache(maxsize=8)
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: its programs go first wherever a product leaves room."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def workspace_bytes(target: Target, rows: int, kinds: Kinds, dtype: torch.dtype) -> int:
     """For `low_rank` and `prefill_linear` with this many rows."""
-    least, whole = 16 * target.inputs * dtype.itemsize, target.outputs * target.inputs * dtype.itemsize
+    least, whole = 32 * target.inputs * dtype.itemsize, target.outputs * target.inputs * dtype.itemsize
     small = 4 * triton_low_rank.workspace_floats(target, rows, kinds.rank) if kinds.rank else 0
     return max(min(SLICE_BYTES, whole), least, small)
 
@@ -246,8 +273,10 @@ def _merged(
     if entry == 0:
         torch.mm(x_TK[start:stop], weight_NK.T, out=out_TN[start:stop])
     else:
-        rows = slice(start, stop)
-        merged_linear(x_TK[rows], weight_NK, target, deltas, entry, kinds, out_TN[rows], scratch, config=way.merge)
+        rows, side = slice(start, stop), _side(x_TK.device) if way.overlap else None
+        merged_linear(
+            x_TK[rows], weight_NK, target, deltas, entry, kinds, out_TN[rows], scratch, config=way.merge, side=side
+        )
 
 
 def _product(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import get_args
 
 import pytest
 import torch
 
-from kernels.delta_linear import table_reference, triton_merge, wide
-from kernels.device import Target
+from kernels.delta_linear import table_reference, triton_merge, triton_parts, wide
+from kernels.device import Kinds, Target
 from tests.kernels.device_harness import DEVICE, DTYPES, ENTRIES, POISON, Spec, World, poisoned, world
 
 FUSED = Target(1, 48, 72, (0, 16, 32))
@@ -16,6 +18,7 @@ SINGLE = Target(0, 40, 264)
 SPECS: list[Spec] = [*ENTRIES.values(), {"rank": 16, "members": (1,)}, {"quant": 2}]
 QUANT = len(SPECS)
 IMPLS = [impl for impl in get_args(wide.Impl) if impl != "specialised"]
+GPU = DEVICE.type == "cuda"
 HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
 COUNTS: dict[str, dict[int, int]] = {
     "one": {1: 3},
@@ -51,7 +54,17 @@ def test_signs_alone(impl: wide.Impl) -> None:
     """The form in which signs are added two columns at a time, on a GPU."""
     for dtype in DTYPES:
         w = world([SINGLE], [{"signs": 1}, {}, {"signs": 1}], dtype, seed=2)
-        check(w, SINGLE, {0: 3, 1: 130, 2: 4, 3: 9}, impl)
+        check(w, SINGLE, {0: 3, 1: 40, 2: 4, 3: 9}, impl)
+
+
+@pytest.mark.parametrize(
+    "overlap", [False, pytest.param(True, marks=pytest.mark.skipif(not GPU, reason="needs a GPU"))]
+)
+def test_merges_in_slices(overlap: bool) -> None:
+    target = Target(0, 144, 72)
+    w = world([target], [{"signs": 1}, {"rank": 8}], DTYPES[1], seed=10)
+    way = wide.Way("merge", slice_bytes=64 * 72 * DTYPES[1].itemsize, overlap=overlap)
+    prefill(w, target, [(1, 0, 9), (2, 9, 12)], None, way)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
@@ -124,6 +137,15 @@ def test_plan_keeps_neighbours_together() -> None:
     assert [run.impl for run in wide.plan(segments, "merge")] == ["merge"]
 
 
+def test_measured_ways_are_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, kinds = Target(0, 4096, 4096), Kinds(signs=True)
+    for way in wide.candidates(target, kinds, 300):
+        stored = {wide.key(target, kinds): json.loads(json.dumps(asdict(way)))}
+        monkeypatch.setattr(triton_parts, "measured", lambda key, device, stored=stored: stored.get(key))
+        assert wide.choose(target, kinds, DEVICE) == way
+        assert wide.choose(target, Kinds(signs=True, dense=True), DEVICE) == wide.Way()
+
+
 def check(w: World, target: Target, counts: dict[int, int], impl: wide.Impl | None) -> None:
     segments, at = [], 0
     for entry, count in counts.items():
@@ -131,7 +153,13 @@ def check(w: World, target: Target, counts: dict[int, int], impl: wide.Impl | No
     prefill(w, target, segments, impl)
 
 
-def prefill(w: World, target: Target, segments: list[tuple[int, int, int]], impl: wide.Impl | None) -> None:
+def prefill(
+    w: World,
+    target: Target,
+    segments: list[tuple[int, int, int]],
+    impl: wide.Impl | None,
+    way: wide.Way | None = None,
+) -> None:
     rows, kinds = segments[-1][2], w.kinds()
     x = torch.randn(rows, target.inputs, device=DEVICE).to(w.dtype)
     weight = (torch.randn(target.outputs, target.inputs, device=DEVICE) * 0.05).to(w.dtype)
@@ -139,7 +167,7 @@ def prefill(w: World, target: Target, segments: list[tuple[int, int, int]], impl
     space = wide.workspace_bytes(target, rows, kinds, w.dtype)
     workspace = torch.full((space,), POISON, dtype=torch.uint8, device=DEVICE)
     tiles = torch.tensor(wide.row_tiles(segments), dtype=torch.int32, device=DEVICE)
-    wide.prefill_linear(x, weight, target, w.deltas, tiles, segments, kinds, out, workspace, impl=impl)
+    wide.prefill_linear(x, weight, target, w.deltas, tiles, segments, kinds, out, workspace, impl=impl, way=way)
     for entry, start, stop in segments:
         d = table_reference.matrix(w.deltas, target, entry, w.dtype).double()
         want = x[start:stop].double() @ (weight.double() + d).T
