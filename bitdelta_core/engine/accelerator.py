@@ -68,6 +68,10 @@ class Accelerator(Protocol):
         """A copy, there when a mark that is made afterwards is reached."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait for all that the device was given, by anybody."""
+        ...
+
     def free_bytes(self) -> int:
         """Of the device's memory."""
         ...
@@ -101,6 +105,9 @@ class Plain:
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
+
+    def synchronize(self) -> None:
+        pass
 
     def free_bytes(self) -> int:
         return 0
@@ -173,6 +180,9 @@ class Cuda:
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]

@@ -1,12 +1,9 @@
-"""What an engine can be told, and what it makes of the memory that it finds."""
+"""What an engine can be told."""
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -14,7 +11,7 @@ from bitdelta_core.errors import InvalidRequest
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU_KV_SHARE, CPU_SLAB_SHARE = 0.1, 0.2
+DecoderName = Literal["auto", "device", "torch"]
 _AT_LEAST_ONE = (
     "block_size",
     "max_num_seqs",
@@ -22,18 +19,30 @@ _AT_LEAST_ONE = (
     "max_variants_per_step",
     "fetch_threads",
     "load_threads",
+    "max_resident_variants",
 )
-GPU_KV_SHARE, GPU_SLAB_SHARE = 0.45, 0.45
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Names are vLLM's where it has the same thing. None: chosen from what the machine has free at the start."""
+    """Names are vLLM's where it has the same thing. None: chosen from what the machine has at the start."""
 
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, or else the CPU."""
     dtype: DType = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
+    decoder: DecoderName = "auto"
+    """device: Triton kernels and CUDA graphs; torch: any device. auto: the first on a GPU where it supports the model,
+    else the second; which one, and why, is logged and stands in `Engine.memory`."""
+    enforce_eager: bool = False
+    """No CUDA graphs: every kernel of every step is launched by itself."""
+    cuda_graph_sizes: tuple[int, ...] | None = None
+    """Numbers of decoding sequences for which steps are captured; others are padded to the next. None: 1, 2, 4, 8, 16,
+    24, 32, 48, 64 and so on up to max_num_seqs."""
+    async_scheduling: bool = True
+    """On a GPU: launch the next step while one runs. What ends a choice is then seen one step late."""
+    gpu_memory_utilization: float = 0.9
+    """How much of a GPU's memory is used in all: base, slab, KV, working memory, graphs and what others hold."""
     max_model_len: int | None = None
     """Longest context of any variant. None: each variant's own."""
     block_size: int = 16
@@ -42,9 +51,11 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """The same in bytes; giving both is refused."""
     slab_bytes: int | None = None
-    """Device memory for deltas."""
+    """Device memory for deltas. On a GPU, None and kv_cache_bytes None share what is left half and half."""
+    max_resident_variants: int = 256
+    """Deltas in the slab at the same time, at most. Device tables have an entry for each."""
     host_cache_bytes: int = 0
-    """Host memory that keeps copies of deltas which left the slab. On a CPU the page cache does that."""
+    """Host memory, pinned on a GPU, that keeps copies of deltas for their next time. On a CPU the page cache does."""
     max_num_seqs: int = 64
     """Choices computed together."""
     max_num_batched_tokens: int = 1024
@@ -79,6 +90,15 @@ class EngineConfig:
             raise InvalidRequest("give num_kv_blocks or kv_cache_bytes, not both", param="kv_cache_bytes")
         if self.num_kv_blocks is not None and self.num_kv_blocks < 2:
             raise InvalidRequest("num_kv_blocks must be at least 2: one is reserved", param="num_kv_blocks")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidRequest(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}",
+                param="gpu_memory_utilization",
+            )
+        if self.cuda_graph_sizes is not None and min(self.cuda_graph_sizes, default=1) < 1:
+            raise InvalidRequest("cuda_graph_sizes must be at least 1", param="cuda_graph_sizes")
+        if self.decoder not in get_args(DecoderName):
+            raise InvalidRequest(f"decoder must be auto, device or torch, got {self.decoder}", param="decoder")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype}", param="dtype")
 
@@ -89,75 +109,12 @@ class EngineConfig:
         return torch.device(self.device)
 
     @property
+    def graph_sizes(self) -> tuple[int, ...] | None:
+        """What is captured; empty: nothing; None: the default."""
+        return () if self.enforce_eager else self.cuda_graph_sizes
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         if self.dtype == "auto":
             return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
         return DTYPES[self.dtype]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryPlan:
-    """How the engine divides the memory that was free after the base was loaded."""
-
-    device: torch.device
-    dtype: torch.dtype
-    free_bytes: int
-    block_size: int
-    block_bytes: int
-    """K and V of one block, all layers."""
-    num_kv_blocks: int
-    slab_bytes: int
-
-    @property
-    def kv_tokens(self) -> int:
-        return (self.num_kv_blocks - 1) * self.block_size
-
-    def table(self) -> str:
-        """For humans."""
-        rows = [
-            ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
-            ("free memory", _gb(self.free_bytes)),
-            ("KV cache", f"{_gb(self.num_kv_blocks * self.block_bytes)}, {self.kv_tokens} tokens"),
-            ("slab", _gb(self.slab_bytes)),
-        ]
-        return "\n".join(f"{name:<12} {value}" for name, value in rows)
-
-
-def plan_memory(config: EngineConfig, *, block_bytes: int) -> MemoryPlan:
-    """Decide the sizes of KV cache and slab.
-
-    Raises:
-        InvalidRequest: less than two KV blocks fit.
-    """
-    device = config.torch_device
-    free = _free_bytes(device)
-    kv_share, slab_share = (GPU_KV_SHARE, GPU_SLAB_SHARE) if device.type == "cuda" else (CPU_KV_SHARE, CPU_SLAB_SHARE)
-    kv_bytes = int(free * kv_share) if config.kv_cache_bytes is None else config.kv_cache_bytes
-    blocks = kv_bytes // block_bytes if config.num_kv_blocks is None else config.num_kv_blocks
-    if blocks < 2:
-        raise InvalidRequest(
-            f"{_gb(kv_bytes)} hold {blocks} KV blocks of {block_bytes} bytes, at least 2 are needed",
-            param="kv_cache_bytes",
-        )
-    return MemoryPlan(
-        device=device,
-        dtype=config.torch_dtype,
-        free_bytes=free,
-        block_size=config.block_size,
-        block_bytes=block_bytes,
-        num_kv_blocks=blocks,
-        slab_bytes=int(free * slab_share) if config.slab_bytes is None else config.slab_bytes,
-    )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():  # page cache counts as available there; what sysconf calls free leaves it out
-        return 1024 * int(re.findall(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

@@ -146,12 +146,32 @@ class DeviceRunner:
         return False
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Graphs of the bare base. Buffers hold padding: nothing is computed that anybody reads."""
+    def warm_up(self) -> None:
+        """The largest wide pass, then the graphs of the bare base. All rows are padding, which nobody reads."""
         with self._accelerator.in_steps():
+            self._warm_up_wide()
             for buffers in self._narrow.values():
                 self._pad(buffers)
             self.graphs.capture_base()
+
+    def _warm_up_wide(self) -> None:
+        """One sequence, all of whose blocks are block 0, and one row with logits."""
+        limits, host = self._limits, self._wide.begin()
+        count = min(limits.rows, limits.blocks * limits.block_size)
+        tiles = row_tiles([(0, 0, count)])
+        host.tiles_I4[: len(tiles)] = tiles
+        host.positions_T[:count] = range(count)
+        host.context_lens_S[0] = count
+        host.set_starts([0, count])
+        self._wide.upload()
+        step = WideStep(
+            rows=self._wide.narrowed(count, 1, 1, 1),
+            segments=[(0, 0, count)],
+            tiles_I4=self._wide.tiles(len(tiles)),
+            max_query=count,
+        )
+        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, StepKinds())
+        self.sampler.sample_padding(logits_LV, SamplingRows(self._wide.sampling.fields_SF[:1]))
 
     @torch.inference_mode()
     def launch(self, tasks: Sequence[Task]) -> DeviceStep:

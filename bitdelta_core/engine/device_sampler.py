@@ -140,6 +140,11 @@ class DeviceSampler:
             out, wants = self._region(rows), self.wants(pieces)
             sample(logits_LV, lines, self.counts_QV, out, self.workspace, wants)
 
+    def sample_padding(self, logits_LV: torch.Tensor, lines: SamplingRows) -> None:
+        """To warm up: rows whose lines are empty."""
+        out = Sampled.empty(logits_LV.shape[0], logits_LV.device)
+        sample(logits_LV, lines, self.counts_QV, out, self.workspace, Wants())
+
     def sample_apart(self, pieces: Sequence[Piece], logits_LV: torch.Tensor) -> None:
         """Behind a pass: the rows that it left alone."""
         picked = [(row, piece) for row, piece in _sampling_rows(pieces) if _is_apart(piece.task)]

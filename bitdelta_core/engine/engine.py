@@ -17,9 +17,10 @@ from typing import Any
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, SamplingParams, TokenEvent
 from bitdelta_core.engine.completion import Completion, Prompt, collect, normalise
-from bitdelta_core.engine.config import EngineConfig, MemoryPlan
+from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.core import Deliver
 from bitdelta_core.engine.loading import LoadedBase, build_core
+from bitdelta_core.engine.memory import MemoryPlan
 from bitdelta_core.engine.passing import call_in_passing_thread
 from bitdelta_core.engine.sources import DeltaSource
 from bitdelta_core.engine.thread import EngineThread
@@ -50,12 +51,12 @@ class Engine:
         """
         self.config = config or EngineConfig()
         self._base = call_in_passing_thread(partial(LoadedBase, Path(model_path), self.config, delta_source))
-        log.info("engine on %s\n%s", model_path, self.memory.table())
         self._thread = EngineThread(
             lambda wake: call_in_passing_thread(partial(build_core, self._base, self.config, wake)),
             capacity=self.config.max_num_seqs + self.config.max_waiting,
             seed=self.config.seed,
         )
+        log.info("engine on %s\n%s", model_path, self.memory.table())
 
     @property
     def memory(self) -> MemoryPlan:

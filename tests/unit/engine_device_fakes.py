@@ -148,6 +148,8 @@ class FakePassDecoder:
             source, token = int(rows.source_T[row]), int(rows.tokens_T[row])
             kv[int(rows.kv_slots_T[row])] = salt * 1000 + (token if source < 0 else int(sampled_S[source]))
         for i, row in enumerate(wanted):
+            if not rows.kv_slots_T[row]:
+                continue  # padding
             position, table = int(rows.positions_T[row]), rows.block_tables_SM[owner[row]].numpy()
             assert position < rows.context_lens_S[owner[row]]
             self._logits[i] = torch.from_numpy(logits_of(kv, table, position, salts[row], self.block_size))
@@ -171,5 +173,6 @@ def device_runner(
     )
     kv = torch.zeros(blocks * block_size, dtype=torch.int64)
     runner = DeviceRunner(decoder, kv, accelerator, limits, sizes=(1, 2, 4), depth=1)
-    runner.capture()
+    runner.warm_up()
+    decoder.rows_computed = 0
     return runner, tables, decoder, accelerator

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bitdelta_core.engine.api import SamplingParams
-from bitdelta_core.engine.config import EngineConfig, plan_memory
+from bitdelta_core.engine.config import EngineConfig
+from bitdelta_core.engine.memory import Fixed, plan_memory
 from bitdelta_core.errors import InvalidRequest
 
 
@@ -49,6 +50,8 @@ def test_min_tokens_beyond_max_tokens() -> None:
     [
         {"block_size": 0}, {"max_num_seqs": 0}, {"max_num_seqs": 8, "max_num_batched_tokens": 7},
         {"num_kv_blocks": 10, "kv_cache_bytes": 1000}, {"num_kv_blocks": 1}, {"dtype": "int8"},
+        {"gpu_memory_utilization": 0.0}, {"gpu_memory_utilization": 1.1}, {"cuda_graph_sizes": (0, 1)},
+        {"decoder": "cublas"}, {"max_resident_variants": 0},
     ],
 )  # fmt: skip
 def test_configurations_that_cannot_work(given: dict[str, Any]) -> None:
@@ -56,10 +59,48 @@ def test_configurations_that_cannot_work(given: dict[str, Any]) -> None:
         EngineConfig(**given)
 
 
+BLOCKS = Fixed(block_bytes=1000, base_bytes=10**9, work_bytes=5 * 10**8, graph_bytes=2 * 10**8)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 GB, of which 1.5 GB are in use."""
+    monkeypatch.setattr("bitdelta_core.engine.memory.torch.cuda.mem_get_info", lambda device: (85 * 10**8, 10**10))
+
+
+@pytest.mark.parametrize(
+    ("given", "kv", "slab"),
+    [
+        ({}, 3.4e9, 3.4e9),
+        ({"slab_bytes": 10**9}, 5.8e9, 1e9),
+        ({"kv_cache_bytes": 2 * 10**9}, 2e9, 4.8e9),
+        ({"num_kv_blocks": 1000}, 1e6, 6.799e9),
+        ({"slab_bytes": 10**9, "kv_cache_bytes": 10**9}, 1e9, 1e9),
+        ({"gpu_memory_utilization": 0.5}, 1.4e9, 1.4e9),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_is_filled_up_to_its_share(given: dict[str, Any], kv: float, slab: float) -> None:
+    plan = plan_memory(EngineConfig(device="cuda", **given), BLOCKS, decoder="device kernels")
+    assert (plan.kv_bytes, plan.slab_bytes) == (pytest.approx(kv, abs=2000), pytest.approx(slab, abs=2000))
+    if len(given) < 2:
+        assert plan.left_bytes == pytest.approx(1e10 * (1 - given.get("gpu_memory_utilization", 0.9)), abs=2000)
+    assert "device kernels" in plan.table()
+    assert "others       0.50 GB" in plan.table()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_does_not_fit_a_gpu_is_told_in_numbers() -> None:
+    with pytest.raises(InvalidRequest, match=r"0\.9 of 10\.00 GB leaves 7\.50 GB .*KV cache 7\.00 GB"):
+        plan_memory(EngineConfig(device="cuda", kv_cache_bytes=7 * 10**9), BLOCKS)
+    with pytest.raises(InvalidRequest, match="at least 2"):
+        plan_memory(EngineConfig(device="cuda", slab_bytes=68 * 10**8), BLOCKS)
+
+
 def test_memory_is_divided_as_told() -> None:
-    plan = plan_memory(EngineConfig(device="cpu", kv_cache_bytes=10_500, slab_bytes=77), block_bytes=1000)
+    plan = plan_memory(EngineConfig(device="cpu", kv_cache_bytes=10_500, slab_bytes=77), BLOCKS)
     assert (plan.num_kv_blocks, plan.slab_bytes, plan.kv_tokens) == (10, 77, 9 * 16)
     assert "144 tokens" in plan.table()
     assert 2**20 < plan.free_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with pytest.raises(InvalidRequest, match="at least 2"):
-        plan_memory(EngineConfig(device="cpu", kv_cache_bytes=1999), block_bytes=1000)
+        plan_memory(EngineConfig(device="cpu", kv_cache_bytes=1999), BLOCKS)
