@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import configs
+
 BINS = 2560
 """64 for each octave of weights"""
 
@@ -22,6 +24,13 @@ class Config:
     """Of those, held at a time"""
     warps: int = 4
     search_warps: int = 8
+
+
+def config_for(vocab: int, device: torch.device) -> Config:
+    """What was measured for this device and width, keyed `V=<width>`; else the default."""
+    if device.type != "cuda":
+        return Config()
+    return Config(**(configs.lookup("sampling", torch.cuda.get_device_name(device), f"V={vocab}") or {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Workspace:
 
     @classmethod
     def empty(cls, rows: int, vocab: int, device: torch.device | str, config: Config | None = None) -> Workspace:
-        config = config or Config()
+        config = config or config_for(vocab, torch.device(device))
         slices = -(-vocab // config.columns)
 
         def new(columns: int, dtype: torch.dtype) -> torch.Tensor:

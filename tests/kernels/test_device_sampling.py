@@ -14,7 +14,7 @@ import torch
 from kernels.sampling import Impl, sample
 from kernels.sampling.reference import ONE, scaled, weight
 from kernels.sampling.rows import FRACTION, GREEDY, PER_TOKEN, RowValues, Sampled, SamplingRows, Wants, start_counts
-from kernels.sampling.workspace import Config, Workspace
+from kernels.sampling.workspace import Config, Workspace, config_for
 from tests.kernels.device_harness import DEVICE
 
 ON_GPU = DEVICE.type == "cuda"
@@ -23,6 +23,7 @@ BATCHES, ROWS = (200, 24) if ON_GPU else (1, 8)
 SMALL = Config(columns=64, listed=32, searched=64)
 EVERYTHING = Wants()
 SENTINEL = -77
+WANTED = ("sampling", "Chip", "V=99")
 PENALTIES = {"presence": (0.0, 1.0, -2.0), "frequency": (0.0, 0.3), "repetition": (1.0, 1.4, 0.6)}
 CHOICES = {
     "temperature": (0.0, 0.05, 0.7, 1.0, 2.0, 1e-6),
@@ -311,3 +312,13 @@ def test_shares_are_exact_in_64_bits() -> None:
         for up in (False, True):
             found = scaled(torch.tensor(numerator, dtype=torch.int32), torch.tensor(mass), up=up).item()
             assert found == (-(-numerator * mass // 2**FRACTION) if up else numerator * mass // 2**FRACTION)
+
+
+def test_a_measured_configuration_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Chip")
+    monkeypatch.setattr(
+        "kernels.configs.lookup", lambda op, name, key: {"columns": 512} if (op, name, key) == WANTED else None
+    )
+    chip = torch.device("cuda", 0)
+    assert config_for(99, chip) == Config(columns=512)
+    assert config_for(98, chip) == config_for(99, torch.device("cpu")) == Config()
