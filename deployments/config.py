@@ -78,11 +78,18 @@ class AppConfig(BaseSettings):
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    decoder: Literal["auto", "device", "torch"] | None = None
+    enforce_eager: bool | None = None
+    cuda_graph_sizes: tuple[int, ...] | None = None
+    async_scheduling: bool | None = None
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     block_size: int | None = Field(default=None, ge=1)
     slab_bytes: ByteSize | None = None
+    max_resident_variants: int | None = Field(default=None, ge=1)
+    host_cache_bytes: ByteSize | None = None
     kv_cache_bytes: ByteSize | None = None
     seed: int | None = None
 
@@ -139,7 +146,9 @@ class AppConfig(BaseSettings):
     def engine_options(self) -> dict:
         """The EngineConfig fields that were given."""
         names = (
-            "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size slab_bytes kv_cache_bytes seed"
+            "device dtype decoder enforce_eager cuda_graph_sizes async_scheduling gpu_memory_utilization max_model_len "
+            "max_num_seqs max_num_batched_tokens block_size slab_bytes max_resident_variants host_cache_bytes "
+            "kv_cache_bytes seed"
         )
         given = {name: getattr(self, name) for name in names.split()}
         return {name: value for name, value in given.items() if value is not None}

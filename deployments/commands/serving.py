@@ -30,11 +30,28 @@ def serve(
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join, or auto.", envvar="RAY_ADDRESS")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda", rich_help_panel=Engine)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16", rich_help_panel=Engine)] = None,
+    decoder: Annotated[str | None, typer.Option(help="auto, device, torch", rich_help_panel=Engine)] = None,
+    enforce_eager: Annotated[bool | None, typer.Option(help="No CUDA graphs.", rich_help_panel=Engine)] = None,
+    cuda_graph_sizes: Annotated[
+        list[int] | None, typer.Option(help="Sequences of captured steps; may be repeated.", rich_help_panel=Engine)
+    ] = None,
+    async_scheduling: Annotated[
+        bool | None, typer.Option(help="Launch steps while one runs.", rich_help_panel=Engine)
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory: 0.9", rich_help_panel=Engine)
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest context.", rich_help_panel=Engine)] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences per step.", rich_help_panel=Engine)] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Rows per step.", rich_help_panel=Engine)] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block.", rich_help_panel=Engine)] = None,
     slab_bytes: Annotated[str | None, typer.Option(help="Memory for deltas: 2GiB", rich_help_panel=Engine)] = None,
+    max_resident_variants: Annotated[
+        int | None, typer.Option(help="Deltas in the slab at most.", rich_help_panel=Engine)
+    ] = None,
+    host_cache_bytes: Annotated[
+        str | None, typer.Option(help="Host memory for deltas: 8GiB", rich_help_panel=Engine)
+    ] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="Memory for KV: 4GiB", rich_help_panel=Engine)] = None,
     seed: Annotated[int | None, typer.Option(help="Of requests without one.", rich_help_panel=Engine)] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where fetched deltas are kept.")] = None,
