@@ -39,6 +39,8 @@ class Case:
     """Calls a launcher with meta tensors (`meta`); it may start several kernels."""
     needs: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """Per architecture, regular expressions that the machine code of one of its kernels must match"""
+    archs: tuple[int, ...] = ARCHS
+    """Others cannot run it"""
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,16 @@ def inspect(case: str, kernel: Any) -> Compiled:
     return Compiled(case, kernel.metadata.name, found["REG"], local, shared, dict(counts.most_common()))
 
 
-def cases(only: str = "") -> list[Case]:
+def cases(arch: int, only: str = "") -> list[Case]:
     modules = sorted(Path(__file__).parent.glob("cases_*.py"))
     listed = [case for m in modules for case in importlib.import_module(f"tests.kernels.{m.stem}").CASES]
-    return [case for case in listed if re.search(only, case.name)]
+    return [case for case in listed if arch in case.archs and re.search(only, case.name)]
 
 
 def compile_all(arch: int, only: str = "") -> list[Compiled]:
     """Raises AssertionError for a case whose machine code lacks what it needs."""
     compiled = []
-    for case in cases(only):
+    for case in cases(arch, only):
         with recording(arch) as kernels:
             case.launch()
         assert kernels, f"{case.name} launched nothing"

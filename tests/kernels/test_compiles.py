@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,32 @@ from tests.kernels.compile_harness import ARCHS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_compiles(arch: int) -> None:
-    """In a process of its own: kernels of this one may be the interpreter's."""
+Harness = dict[int, subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[Harness]:
+    """One process for each architecture, at the same time; kernels of this process may be the interpreter's."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compile_harness", "--arch", str(arch), "--json"]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    compiled = [json.loads(line) for line in result.stdout.splitlines()]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_harness", "--json", "--arch"]
+    started = {
+        arch: subprocess.Popen(
+            [*command, str(arch)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for arch in ARCHS
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles(arch: int, harness: Harness) -> None:
+    output, errors = harness[arch].communicate()
+    assert harness[arch].returncode == 0, errors[-2000:]
+    compiled = [json.loads(line) for line in output.splitlines()]
     assert compiled
     spilled = [f"{c['case']}: {c['kernel']}: {c['stack']} B" for c in compiled if c["stack"]]
     assert not spilled, f"local memory on sm_{arch}: {spilled}"
