@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ import torch
 from bitdelta_core.engine.accelerator import Accelerator
 from bitdelta_core.engine.pieces import Piece
 from bitdelta_core.engine.runner import Task
-from bitdelta_core.engine.sampler import LogprobRow, RowState, Sample
+from bitdelta_core.engine.sampler import LogprobRow, Sample
 from bitdelta_core.engine.sequence import Sequence as EngineSequence
 from kernels.sampling import sample
 from kernels.sampling.reference import penalised
@@ -28,7 +27,6 @@ from kernels.sampling.rows import (
     FRACTION,
     GREEDY,
     UNCOUNTED,
-    RowValues,
     Sampled,
     SamplingRows,
     Wants,
@@ -99,7 +97,6 @@ class DeviceSampler:
         self._counted: dict[EngineSequence, tuple[int, int]] = {}
         """Row of the counts, and the sequence's preemptions when it took it."""
         self._free = list(range(sequences))
-        self._values: WeakKeyDictionary[RowState, RowValues] = WeakKeyDictionary()
 
     @property
     def nbytes(self) -> int:
@@ -109,14 +106,14 @@ class DeviceSampler:
     def begin(self, tasks: Sequence[Task]) -> None:
         """A new step."""
         self.places, self.tops, self._at = {}, {}, self._behind_decode
-        self._hold_counts([t for t in tasks if t.work.samples and self._values_of(t).penalised])
+        self._hold_counts([t for t in tasks if t.work.samples and t.state.values.penalised])
 
     def wants(self, pieces: Sequence[Piece]) -> Wants:
         """What the lines of one pass want."""
         found = GREEDY
         for _, piece in _sampling_rows(pieces):
             if not _is_apart(piece.task):
-                found |= self._values_of(piece.task).wants
+                found |= piece.task.state.values.wants
         return found
 
     def write_lines(self, sampling_LF: np.ndarray, pieces: Sequence[Piece]) -> None:
@@ -186,37 +183,21 @@ class DeviceSampler:
         wanted = [piece.task.state.params.logprobs or 0 for piece in apart]
         if not any(wanted):
             return
-        counted = [i for i, piece in enumerate(apart) if self._values_of(piece.task).penalised]
+        counted = [i for i, piece in enumerate(apart) if piece.task.state.values.penalised]
         if counted:
             rows = self._ids(counted)
             after_RV = penalised(shaped_RV[rows], fields_RF[rows], self.counts_QV)
             shaped_RV = shaped_RV.index_copy(0, rows, after_RV)
-        logprobs, ids = torch.topk(torch.log_softmax(shaped_RV, dim=1), max(wanted), dim=1)
+        logprobs, ids = torch.topk(torch.log_softmax(shaped_RV, dim=1), min(max(wanted), shaped_RV.shape[1]), dim=1)
         tops = Tops(self._accelerator.to_host(ids), self._accelerator.to_host(logprobs))
         self.tops |= {piece.index: (tops, row) for row, piece in enumerate(apart) if wanted[row]}
 
     def _line(self, task: Task) -> np.ndarray:
         """int32 [COLUMNS]"""
-        row, _ = self._counted.get(task.work.seq, (UNCOUNTED, 0)) if self._values_of(task).penalised else (UNCOUNTED, 0)
-        uniform = int(task.state.uniform(task.work.stop) * 2**FRACTION)
-        return np.frombuffer(self._values_of(task).pack(uniform, row), np.int32)
-
-    def _values_of(self, task: Task) -> RowValues:
-        values = self._values.get(task.state)
-        if values is None:
-            params = task.state.params
-            values = self._values[task.state] = RowValues(
-                vocab=task.variant.vocab_size,
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                presence=params.presence_penalty,
-                frequency=params.frequency_penalty,
-                repetition=params.repetition_penalty,
-                logprob=params.logprobs is not None,
-            )
-        return values
+        state, row = task.state, UNCOUNTED
+        if state.values.penalised:
+            row, _ = self._counted[task.work.seq]
+        return np.frombuffer(state.values.pack(int(state.uniform(task.work.stop) * 2**FRACTION), row), np.int32)
 
     def _hold_counts(self, tasks: Sequence[Task]) -> None:
         """Rows of sequences that have ended or were preempted are free: steps that still write them come first."""

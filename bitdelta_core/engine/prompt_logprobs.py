@@ -44,7 +44,7 @@ def prompt_part(accelerator: Accelerator, piece: Piece, logits_LV: torch.Tensor)
         logprobs_SV = torch.log_softmax(logits_LV[start : start + tokens_S1.shape[0]], dim=1)
         chosen_S1 = logprobs_SV.gather(1, tokens_S1)
         ranks_S = (logprobs_SV > chosen_S1).sum(dim=1) + 1
-        best, ids = torch.topk(logprobs_SV, top, dim=1)
+        best, ids = torch.topk(logprobs_SV, min(top, logprobs_SV.shape[1]), dim=1)
         found = (chosen_S1.squeeze(1), ranks_S, ids, best)
         slices.append(tuple(accelerator.to_host(tensor) for tensor in found))
     return PromptPart(following, slices)
