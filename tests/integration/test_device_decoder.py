@@ -15,7 +15,7 @@ from bitdelta_core.delta.format import open_delta
 from bitdelta_core.models.device import layout
 from tests.integration.engine_zoo import KINDS, Zoo
 from tests.kernels.b1 import emulated
-from tests.unit.device_stepper import DEVICE, DeviceStepper, Rig, Running, pretend_b1
+from tests.unit.device_stepper import DEVICE, DeviceStepper, Rig, Running, error, pretend_b1
 
 ALL = (None, *KINDS, "lora")
 SMALL = {
@@ -60,9 +60,8 @@ class Variants:
             own = expected.shape[1]
             assert own == self.rig.vocabulary(sequence.slot)
             assert (rows[:, own:] == -torch.inf).all()
-            worst = (rows[:, :own] - expected).abs().max() / expected.square().mean().sqrt()
-            limit = 2e-3 if DEVICE.type == "cpu" else 0.1
-            assert worst < limit, f"{ALL[sequence.slot + 1]}: off by {worst:.1e} of rms"
+            off = error(rows[:, :own], expected)
+            assert off < (2e-3 if DEVICE.type == "cpu" else 0.06), f"{ALL[sequence.slot + 1]}: off by {off:.1e} of rms"
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +71,8 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
 
 def test_every_kind_at_once(variants: Variants) -> None:
     """Chunks and single rows of all variants and the base side by side."""
-    sequences = variants.sequences(ALL, 5)
-    variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (4, 1)))
+    sequences = variants.sequences(ALL, 3)
+    variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (2, 1)))
     variants.rig.tables.check_integrity()
 
 
@@ -90,10 +89,15 @@ def test_company(variants: Variants, mix: str) -> None:
     variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (3, 1)))
 
 
+def test_single_rows_in_wide_steps(variants: Variants) -> None:
+    sequences = variants.sequences([None, "bitdelta-row-col-int8", "more-rows", "lora"], 2)
+    variants.check(sequences, DeviceStepper(variants.rig, alone=False).run(sequences, (1,)))
+
+
 def test_binary_tensor_core(variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planes written by norm, attention and SiLU, multiplied with signs as they lie in memory."""
     pretend_b1(monkeypatch)
-    sequences = variants.sequences(["bitdelta-row-col-int8", "three-bits-int2"], 2)
+    sequences = variants.sequences(["bitdelta-row-col-int8", "three-bits-int2", "dropout"], 1)
     with emulated():
         variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (1,)))
 

@@ -25,7 +25,7 @@ from kernels.delta_linear.wide import row_tiles
 from kernels.device import UNIT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DTYPE: torch.dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 BLOCK, BLOCKS = 8, 64
 BUCKETS = (1, 2, 4, 8, 16, 32)
 WIDE_ROWS = 192
@@ -35,7 +35,14 @@ SAMPLED = 16
 def pretend_b1(patch: pytest.MonkeyPatch) -> None:
     """Choose as on a chip with a binary tensor core."""
     rule = choice.rule
-    patch.setattr(choice, "rule", lambda target, rows, kinds, b1: rule(target, rows, kinds, b1=True))
+    patch.setattr(choice, "rule", lambda target, rows, kinds, b1, *rest: rule(target, rows, kinds, True, *rest))
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """In units of the expected values' root mean square: the largest in float32, in 16 bits the root mean square."""
+    off = actual - expected
+    size = off.abs().max() if DEVICE.type == "cpu" else off.square().mean().sqrt()
+    return float(size / expected.square().mean().sqrt())
 
 
 @dataclass(eq=False)
