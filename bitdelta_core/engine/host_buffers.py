@@ -14,10 +14,7 @@ import torch
 
 from bitdelta_core.engine.accelerator import Accelerator
 
-STEP = 4 * 2**20
-"""Sizes are rounded up, so that deltas of about one size share their buffers."""
-WASTE = 2
-"""A buffer larger than this many times the need is left for something larger."""
+SMALLEST = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +45,7 @@ class HostBuffers:
     def take(self, nbytes: int) -> HostBuffer:
         whole = self._find(nbytes)
         if whole is None:
-            size = -(-nbytes // STEP) * STEP if self._accelerator.keeps_host_buffers else nbytes
+            size = _rounded(nbytes) if self._accelerator.keeps_host_buffers else nbytes
             whole = self._accelerator.host_buffer(size)
             self.made += 1
         return HostBuffer(whole[:nbytes], whole)
@@ -63,7 +60,7 @@ class HostBuffers:
     def _find(self, nbytes: int) -> torch.Tensor | None:
         with self._lock:
             for i, kept in enumerate(self._kept):
-                if nbytes <= kept.numel() <= max(WASTE * nbytes, STEP):
+                if nbytes <= kept.numel() <= _rounded(nbytes):  # a larger one is left for something larger
                     return self._kept.pop(i)
         return None
 
@@ -73,3 +70,8 @@ class HostBuffers:
             sizes = [kept.numel() for kept in self._kept]
             assert sizes == sorted(sizes), "kept buffers are out of order"
             assert len(sizes) <= self._keep, "too many buffers are kept"
+
+
+def _rounded(nbytes: int) -> int:
+    """To a power of two, as torch's allocator of pinned memory does: so deltas of about one size share buffers."""
+    return max(SMALLEST, 1 << (nbytes - 1).bit_length())

@@ -151,6 +151,7 @@ def _divide(config: EngineConfig, fixed: Fixed, given_kv: int | None, free: int,
 def _memory(device: torch.device) -> tuple[int, int]:
     """(free, total)"""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading took for a moment
         return torch.cuda.mem_get_info(device)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")

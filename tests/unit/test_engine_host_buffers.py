@@ -7,7 +7,7 @@ import random
 import torch
 
 from bitdelta_core.engine.accelerator import Plain
-from bitdelta_core.engine.host_buffers import STEP, HostBuffer, HostBuffers
+from bitdelta_core.engine.host_buffers import SMALLEST, HostBuffer, HostBuffers
 from bitdelta_core.engine.host_cache import HostCache
 from tests.unit.engine_fakes import World, answer
 
@@ -23,9 +23,9 @@ class Pinned(Plain):
 def test_what_is_given_back_is_lent_again() -> None:
     buffers = HostBuffers(Pinned(CPU), keep=2)
     first = buffers.take(1000)
-    assert (first.bytes_.numel(), first.nbytes) == (1000, STEP)
+    assert (first.bytes_.numel(), first.nbytes) == (1000, SMALLEST)
     buffers.give_back(first)
-    again = buffers.take(STEP)
+    again = buffers.take(SMALLEST)
     assert again.whole is first.whole
     assert buffers.take(1000).whole is not first.whole, "lent to two"
     assert buffers.made == 2
@@ -33,19 +33,20 @@ def test_what_is_given_back_is_lent_again() -> None:
 
 def test_a_large_buffer_is_not_spent_on_a_small_delta() -> None:
     buffers = HostBuffers(Pinned(CPU), keep=2)
-    large = buffers.take(9 * STEP)
+    large = buffers.take(7 * SMALLEST)
+    assert large.nbytes == 8 * SMALLEST
     buffers.give_back(large)
-    assert buffers.take(2 * STEP).whole is not large.whole
-    assert buffers.take(8 * STEP).whole is large.whole
+    assert buffers.take(4 * SMALLEST).whole is not large.whole
+    assert buffers.take(5 * SMALLEST).whole is large.whole
 
 
 def test_the_smallest_go_first() -> None:
     buffers = HostBuffers(Pinned(CPU), keep=2)
-    taken = [buffers.take(n * STEP) for n in (2, 1, 3)]
+    taken = [buffers.take(n * SMALLEST) for n in (2, 1, 4)]
     for buffer in taken:
         buffers.give_back(buffer)
         buffers.check_integrity()
-    assert [kept.numel() // STEP for kept in buffers._kept] == [2, 3]
+    assert [kept.numel() // SMALLEST for kept in buffers._kept] == [2, 4]
 
 
 def test_no_two_hold_the_same_bytes() -> None:
@@ -74,7 +75,7 @@ def test_cheap_memory_is_not_kept() -> None:
 
 def test_the_host_cache_gives_back_what_it_drops() -> None:
     buffers = HostBuffers(Pinned(CPU), keep=4)
-    cache = HostCache(buffers, 2 * STEP)
+    cache = HostCache(buffers, 2 * SMALLEST)
     taken = {name: buffers.take(10) for name in "abc"}
     for name, host in taken.items():
         cache.put(name, name.upper(), host)
@@ -86,7 +87,7 @@ def test_the_host_cache_gives_back_what_it_drops() -> None:
 
 def test_many_loads_make_few_buffers() -> None:
     """Twelve deltas pass through a slab of two: as many buffers as loads may be under way, and those of the cache."""
-    world = World(slab_bytes=2048, accelerator=Pinned(CPU), host_cache_bytes=3 * STEP)
+    world = World(slab_bytes=2048, accelerator=Pinned(CPU), host_cache_bytes=3 * SMALLEST)
     for turn in range(2):
         for i in range(12):
             name = f"{turn}.{i}"
