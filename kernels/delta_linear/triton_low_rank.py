@@ -155,8 +155,8 @@ def key(target: Target, rows: int, max_rank: int) -> str:
 
 
 def choose(target: Target, rows: int, max_rank: int, device: torch.device) -> LowRankConfig:
-    """What was measured on this device, else the rule: splits so that a few segments of rank 16 already fill a GPU
-    with programs of some 16 KiB."""
+    """What was measured on this device, else the rule: splits so that a few segments of rank 16 already fill a GPU,
+    with programs of 8 KiB or more."""
     found = parts.measured(key(target, rows, max_rank), device)
     if found is not None:
         return LowRankConfig(**found)
@@ -164,9 +164,10 @@ def choose(target: Target, rows: int, max_rank: int, device: torch.device) -> Lo
     return LowRankConfig(
         split=most_splits(target, rows, max_rank),
         rows=(16 if rows <= 32 else 32) if rows <= MANY_ROWS else 64,
-        rank_block=16 if width == 16 else 32,
+        rank_block=16 if width <= 48 else 32,
         strips=1 if rows <= 64 else 2 if rows <= 128 else 4,
-        warps=2 if width == 16 else 4,
+        outputs=64 if rows < 8 or max_rank > 64 else 256 if max_rank == 16 else 128,
+        warps=2 if width <= 48 else 4,
     )
 
 
@@ -176,23 +177,23 @@ def candidates(target: Target, rows: int, max_rank: int) -> list[LowRankConfig]:
     tall = (16, 32) if rows > 16 else (16,)
     return [
         LowRankConfig(split, x_rows, block, inner, stages, 8, strips, outputs, warps)
-        for split in (1, 2, 4, 8)
+        for split in (1, 2, 4, 8, 16)
         if split <= most
         for x_rows in tall
         for block, warps in ((16, 1), (16, 2), (32, 4))
         for inner, stages in ((128, 4), (256, 3))
         for strips in ((1,) if rows <= 64 else (1, 2, 4))
-        for outputs in (64, 128)
+        for outputs in (64, 128, 256)
     ]
 
 
 def most_splits(target: Target, rows: int, max_rank: int) -> int:
     """No configuration has more: the workspace is made for it. Many rows or ranks fill a GPU with fewer."""
     width = len(target.members) * max_rank
-    most = 8 if width <= 128 else 4 if width <= 512 else 2
+    most = 16 if width <= 32 else 8 if width <= 128 else 4 if width <= 512 else 2
     if rows > MANY_ROWS:
         most //= 2
-    return 2 ** (max(1, min(most, target.inputs // 512)).bit_length() - 1)
+    return 2 ** (max(1, min(most, target.inputs // 256)).bit_length() - 1)
 
 
 def workspace_floats(target: Target, rows: int, max_rank: int) -> int:

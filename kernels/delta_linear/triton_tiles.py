@@ -58,8 +58,8 @@ def spread(of_bytes, BN: tl.constexpr, BK: tl.constexpr):
 def signed(scale, of_bytes, BN: tl.constexpr, BK: tl.constexpr):
     """+scale[n] where the bit is set, else -scale[n]: float32 [BN, BK]."""
     shift = (31 - tl.arange(0, 8))[None, None, :]
-    flip = ((spread(of_bytes, BN, BK) << shift) & -2147483648) ^ scale.to(tl.int32, bitcast=True)[:, None, None]
-    return -tl.reshape(flip, (BN, BK)).to(tl.float32, bitcast=True)
+    flipped = ((spread(of_bytes, BN, BK) << shift) & -2147483648) ^ (-scale).to(tl.int32, bitcast=True)[:, None, None]
+    return tl.reshape(flipped, (BN, BK)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def difference(
     """D[n, k0 .. k0 + BK] without its low-rank part: float32 [BN, BK].
 
     Args:
-        planes: how many sign planes the entry has, at most PLANES.
+        planes: how many sign planes the entry has, at most PLANES. Zero terms come with two or more.
         member: int32 [BN], the member of a fused target that each row belongs to.
     """
     H = (N + 15) // 16
@@ -107,7 +107,8 @@ def difference(
                 for m in tl.static_range(MEMBERS):
                     col = tl.load(cols + (p * MEMBERS + m) * (B * 256) + k, mask=scaled, other=1.0)
                     term *= tl.where((member == m)[:, None], col[None, :], 1.0)
-            total += term
+            total = term if p == 0 else total + term
+    if PLANES > 1:
         zeros = parts.part(SLAB, TABLE, at, ZERO, tl.float32)
         shifted = inside & (tl.zeros_like(n) + tl.load(TABLE + at + ZERO) >= 0)
         total += tl.load(zeros + n, mask=shifted, other=0.0)[:, None]
