@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from bitdelta_core.delta import bitdelta, deltadq, dense, lora, quant, rows
+from bitdelta_core.delta import bitdelta, deltadq, dense, lora, quant, rows, spectral
 from bitdelta_core.delta.format import DeltaReader, base_name
 from bitdelta_core.delta.spec import TensorEntry
 
@@ -21,7 +21,7 @@ class Tensors(Protocol):
 
 
 def encode(entry: TensorEntry, base: torch.Tensor, fine: torch.Tensor) -> tuple[TensorEntry, dict[str, torch.Tensor]]:
-    """Code the fine-tune's tensor against the base's as `entry` plans it (lora excepted: adapters come coded)."""
+    """Code the fine-tune's tensor against the base's as `entry` plans it (but lora and spectral: those come coded)."""
     match entry.codec:
         case "bitdelta":
             return bitdelta.encode(base, fine, entry)
@@ -33,13 +33,21 @@ def encode(entry: TensorEntry, base: torch.Tensor, fine: torch.Tensor) -> tuple[
             return quant.encode(base, fine, entry)
         case "deltadq":
             return deltadq.encode(base, fine, entry)
-        case "lora":
-            raise AssertionError("an adapter's factors are taken as they are")
+        case "lora" | "spectral":
+            raise AssertionError(f"{entry.codec}: factors come from elsewhere, ready to store")
 
 
 def decode_parts(entry: TensorEntry, parts: Mapping[str, torch.Tensor], base: torch.Tensor) -> torch.Tensor:
     """The fine-tune's tensor, fp32: what every codec means, exactly."""
-    modules = {"bitdelta": bitdelta, "deltadq": deltadq, "dense": dense, "lora": lora, "quant": quant, "rows": rows}
+    modules = {
+        "bitdelta": bitdelta,
+        "deltadq": deltadq,
+        "dense": dense,
+        "lora": lora,
+        "quant": quant,
+        "rows": rows,
+        "spectral": spectral,
+    }
     return modules[entry.codec].decode(entry, parts, base)
 
 

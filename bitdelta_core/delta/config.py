@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bitdelta_core.delta.spec import FIRST_VERSION, FORMAT_VERSION, Codec, ScaleLayout, TensorEntry
+from bitdelta_core.delta.spec import FIRST_VERSION, FORMAT_VERSION, Codec, DeltaCodec, ScaleLayout, TensorEntry
 from bitdelta_core.delta.strict_json import BadJson, parse_object
 from bitdelta_core.errors import DeltaFormatError, UnsupportedFormat
 
@@ -42,7 +42,7 @@ class DeltaConfig:
 
     base_sha256: str
     """`Checkpoint.sha256()` of the base."""
-    codec: Codec
+    codec: DeltaCodec
     """Of the linears; embeddings, head, norms and biases may use others (see each entry)."""
     tensors: Mapping[str, TensorEntry]
     """By parameter name, in name order. What is absent equals the base."""
@@ -59,7 +59,8 @@ class DeltaConfig:
 
     def __post_init__(self) -> None:
         if not self.format_version:
-            object.__setattr__(self, "format_version", max(map(_first_version, self.tensors.values()), default=1))
+            codecs = {self.codec, *(entry.codec for entry in self.tensors.values())}
+            object.__setattr__(self, "format_version", max(map(_first_version, codecs)))
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -97,8 +98,8 @@ class DeltaConfig:
         return (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _first_version(entry: TensorEntry) -> int:
-    return FIRST_VERSION.get(entry.codec, 1)
+def _first_version(codec: str) -> int:
+    return FIRST_VERSION.get(codec, 1)
 
 
 def config_overrides(base: Mapping[str, Any], fine: Mapping[str, Any], *, ignore: frozenset[str]) -> dict[str, Any]:
@@ -127,11 +128,10 @@ def parse_config(text: bytes, *, delta: str | None = None) -> DeltaConfig:
         if not _FILE_NAME.fullmatch(name) or name == CONFIG_FILE:
             raise DeltaFormatError(f"{CONFIG_FILE}: files: {name!r} is not a plain file name", delta=delta)
     config = _from_text(parsed, delta)
-    for entry in config.tensors.values():
-        if _first_version(entry) > config.format_version:
+    for where, codec in [("codec", config.codec), *((f"tensors.{n}", e.codec) for n, e in config.tensors.items())]:
+        if _first_version(codec) > config.format_version:
             raise DeltaFormatError(
-                f"{CONFIG_FILE}: tensors.{entry.name}: codec {entry.codec} in format version {config.format_version}",
-                delta=delta,
+                f"{CONFIG_FILE}: {where}: codec {codec} in format version {config.format_version}", delta=delta
             )
     return config
 
@@ -178,6 +178,7 @@ class _EntryText(_Strict):
     alpha: int = Field(1, ge=1)
     mask_rows: Literal[1, 16, 64] = 1
     seed: int = Field(0, ge=0, lt=2**32)
+    code_bytes: int = Field(0, ge=0)
 
 
 class _FileText(_Strict):
@@ -190,7 +191,7 @@ class _ConfigText(_Strict):
     base_sha256: str = Field(pattern=_SHA256)
     base_model_name_or_path: str = ""
     revision: str | None = None
-    codec: Codec
+    codec: DeltaCodec
     config_overrides: dict[str, Any] = {}
     tensors: dict[str, _EntryText]
     files: dict[str, _FileText]

@@ -213,7 +213,7 @@ def _check_shapes(config: DeltaConfig, base_shapes: Shapes, delta: str) -> None:
 
 
 def _check_vocabulary(config: DeltaConfig, entry: TensorEntry, base: tuple[int, ...], delta: str) -> None:
-    if entry.codec == "quant" and entry.rows != min(entry.shape[0], base[0]):
+    if entry.codec in ("quant", "spectral") and entry.rows != min(entry.shape[0], base[0]):
         raise DeltaFormatError(
             f"tensor {entry.name!r}: {entry.rows} rows coded over {base[0]} of the base", delta=delta
         )

@@ -16,12 +16,11 @@ from bitdelta_core.delta.dropout import DropoutOptions
 from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.pairing import Pairing, is_tied, parameters
 from bitdelta_core.delta.sidecars import sidecars
-from bitdelta_core.delta.spec import ScaleLayout, TensorEntry
+from bitdelta_core.delta.spec import DeltaCodec, ScaleLayout, TensorEntry
 from bitdelta_core.delta.writer import sha256_of
 from bitdelta_core.errors import CheckpointError, InvalidRequest
 
 Embeddings = Literal["auto", "exact", "int8", "int4", "int2"]
-DeltaCodec = Literal["bitdelta", "deltadq", "lora", "dense"]
 Parts = dict[str, torch.Tensor]
 _CHUNK = 1 << 12
 
@@ -135,7 +134,7 @@ def plan_finetune(base: Checkpoint, fine: Checkpoint, options: CompressOptions) 
         provenance={
             "finetune": fine.path.resolve().name,
             "finetune_sha256": fine.sha256(),
-            "finetune_bytes_16bit": 2 * _count(parameters(fine), fine.shape),
+            "finetune_bytes_16bit": 2 * count_parameters(parameters(fine), fine.shape),
             "options": options.described(),
         },
     )
@@ -193,7 +192,7 @@ def _plan_tensor(name: str, pairing: Pairing, options: CompressOptions) -> Tenso
     if fine.ndim == 1 or (options.codec == "dense" and name not in (EMBEDDING, HEAD)):
         return TensorEntry(name=name, shape=shape, codec="dense", dtype=dtype)
     if name in (EMBEDDING, HEAD):
-        return _plan_embedding(name, base, fine, options)
+        return plan_embedding(name, base, fine, options)
     if options.dropout is not None:
         return dropout.entry(name, shape, dtype, options.dropout)
     return TensorEntry(
@@ -206,7 +205,8 @@ def _plan_tensor(name: str, pairing: Pairing, options: CompressOptions) -> Tenso
     )
 
 
-def _plan_embedding(name: str, base: torch.Tensor, fine: torch.Tensor, options: CompressOptions) -> TensorEntry | None:
+def plan_embedding(name: str, base: torch.Tensor, fine: torch.Tensor, options: CompressOptions) -> TensorEntry | None:
+    """Changed rows or few bits, as the options say; None where nothing differs."""
     dtype = _stored_dtype(fine, options)
     exact = plan_exact(name, base, fine, dtype)
     if options.embeddings == "exact" or (options.embeddings == "auto" and options.codec == "dense"):
@@ -270,8 +270,9 @@ def _adapted_bytes(base: Checkpoint, adapter: lora.Adapter) -> int:
     def shape(name: str) -> tuple[int, ...]:
         return tuple((adapter.get(name) if name in adapter.whole else _head_or_own(base, name)).shape)
 
-    return 2 * _count(sorted(names), shape)
+    return 2 * count_parameters(sorted(names), shape)
 
 
-def _count(names: list[str], shape: Callable[[str], tuple[int, ...]]) -> int:
+def count_parameters(names: list[str], shape: Callable[[str], tuple[int, ...]]) -> int:
+    """Elements of those parameters."""
     return sum(torch.Size(shape(name)).numel() for name in names)

@@ -12,11 +12,13 @@ from typing import Literal
 
 import torch
 
-Codec = Literal["bitdelta", "lora", "dense", "rows", "quant", "deltadq"]
+Codec = Literal["bitdelta", "lora", "dense", "rows", "quant", "deltadq", "spectral"]
+DeltaCodec = Literal["bitdelta", "lora", "dense", "rows", "quant", "deltadq", "spectral", "auto"]
+"""Of a whole delta: that of its linears; auto: chosen per parameter."""
 ScaleLayout = Literal["tensor", "row", "row_col"]
 FORMAT_VERSION = 2
 """The newest that this code reads and writes."""
-FIRST_VERSION: dict[str, int] = {"deltadq": 2}
+FIRST_VERSION: dict[str, int] = {"deltadq": 2, "spectral": 2, "auto": 2}
 """The format version that brought a codec; 1 where it is not listed."""
 
 _USED: dict[str, tuple[str, ...]] = {
@@ -26,6 +28,7 @@ _USED: dict[str, tuple[str, ...]] = {
     "rows": ("rows",),
     "quant": ("bits", "rows"),
     "deltadq": ("alpha", "bits", "group", "mask_rows", "scale_layout", "seed"),
+    "spectral": ("code_bytes", "rank", "rows"),
 }
 
 
@@ -47,12 +50,12 @@ class TensorEntry:
     """bitdelta: one scale per plane, or times one per row, or times one per row and one per column.
     deltadq: one scale, or times one per row."""
     rank: int = 0
-    """lora"""
+    """lora, spectral"""
     scaling: float = 1.0
     """lora: D = scaling * B A"""
     rows: int = 0
-    """rows: how many whole rows are stored. quant: how many rows at the start are coded as differences; the rest is
-    stored whole (a vocabulary that grew)."""
+    """rows: how many whole rows are stored. quant, spectral: how many rows at the start are coded as differences; the
+    rest is stored whole (a vocabulary that grew)."""
     bits: int = 4
     """quant: 2, 4 or 8. deltadq: 1, 2 or 4"""
     group: int = 0
@@ -63,6 +66,8 @@ class TensorEntry:
     """deltadq: so many neighbouring outputs share their masks"""
     seed: int = 0
     """deltadq: of the masks, 32 bits"""
+    code_bytes: int = 0
+    """spectral: of the factors, entropy-coded"""
 
     def used_fields(self) -> tuple[str, ...]:
         """The fields beyond shape, codec and dtype that this codec uses."""
@@ -74,10 +79,12 @@ class TensorEntry:
             return f"negative side in shape {list(self.shape)}"
         if self.codec != "dense" and len(self.shape) != 2:
             return f"codec {self.codec} needs a matrix, the shape is {list(self.shape)}"
-        if self.codec in ("rows", "quant") and self.rows > self.shape[0]:
+        if self.codec in ("rows", "quant", "spectral") and self.rows > self.shape[0]:
             return f"{self.rows} rows stored of {self.shape[0]}"
-        if self.codec == "lora" and self.rank < 1:
+        if self.codec in ("lora", "spectral") and self.rank < 1:
             return f"rank {self.rank}, expected 1 or more"
+        if self.codec == "spectral" and self.rank > min(self.rows, self.shape[1]):
+            return f"rank {self.rank} of {self.rows} rows and {self.shape[1]} columns"
         if self.codec == "quant" and self.bits == 1:
             return "bits 1, expected 2, 4 or 8"
         return self._dropout_problem() if self.codec == "deltadq" else None
@@ -116,6 +123,14 @@ class TensorEntry:
                 row = {"row": (torch.float16, (n,))} if self.scale_layout == "row" else {}
                 code = (torch.uint8, (n, -(-self.kept * self.bits // 8)))
                 return {"code": code, "scale": (torch.float32, (1,)), **row}
+            case "spectral":
+                return {
+                    "code": (torch.uint8, (self.code_bytes,)),
+                    "scale": (torch.float32, (1,)),
+                    "exponent": (torch.uint8, (self.rank,)),
+                    "spread": (torch.uint8, (2, self.rank)),
+                    "extra": (self.dtype, (self.shape[0] - self.rows, self.shape[1])),
+                }
 
     def _sign_parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         n, k = self.shape

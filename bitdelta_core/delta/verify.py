@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.delta import spectral
 from bitdelta_core.delta.format import DeltaReader
 from bitdelta_core.delta.lora import is_adapter
 from bitdelta_core.delta.pairing import Pairing
@@ -45,6 +46,8 @@ def verify(base_path: Path, delta_path: Path) -> DeltaReader:
     for entry in delta.config.tensors.values():
         for part in entry.parts():
             _check_finite(delta, entry.part_name(part), delta.part(entry, part))
+        if entry.codec == "spectral":
+            spectral.factors(entry, delta.parts(entry))
     return delta
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from bitdelta_core.delta import deltadq
+from bitdelta_core.delta import deltadq, spectral
 from bitdelta_core.delta.quant import pack
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
@@ -78,6 +78,10 @@ def plan(
                 yield group, _Rows.plan(entry, entry.rows, dtype, take)
             case "deltadq":
                 yield group, _Dropout.plan(entry, dtype, expand, take)
+            case "spectral":
+                if entry.shape[0] > entry.rows:
+                    yield group, _Rows.plan(entry, entry.shape[0] - entry.rows, dtype, take)
+                yield group, _Spectral.plan(entry, dtype, take)
             case "quant":
                 if entry.shape[0] > entry.rows:
                     yield group, _Rows.plan(entry, entry.shape[0] - entry.rows, dtype, take)
@@ -292,3 +296,36 @@ class _Dropout:
 def _dropout_bits(entry: TensorEntry) -> int:
     """Odd numbers up to 2^bits - 1 and zero, as signed integers."""
     return 2 * entry.bits
+
+
+@dataclass(frozen=True, slots=True)
+class _Spectral:
+    """Decoded factors (LowRankDelta), or their product (DenseDelta) where that takes fewer bytes."""
+
+    entry: TensorEntry
+    regions: tuple[Region, ...]
+    """A [r, K] and B [N, r], or the product [N, K]."""
+
+    @classmethod
+    def plan(cls, entry: TensorEntry, dtype: torch.dtype, take: Take) -> _Spectral:
+        rows, columns, rank = entry.rows, entry.shape[1], entry.rank
+        if rank * (rows + columns) < rows * columns:
+            return cls(entry, (take((rank, columns), dtype), take((rows, rank), dtype)))
+        return cls(entry, (take((rows, columns), dtype),))
+
+    def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
+        parts = {part: reader.part(self.entry, part) for part in self.entry.parts() if part != "extra"}
+        for region, value in zip(self.regions, self._values(*spectral.factors(self.entry, parts)), strict=True):
+            _copy(region, buffer, value, self.entry, "scale")
+
+    def _values(self, a_rK: torch.Tensor, b_Nr: torch.Tensor, scale_r: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if len(self.regions) == 1:
+            return ((b_Nr.float() * scale_r) @ a_rK.float(),)
+        split_r = (
+            2.0 ** (scale_r.abs().clamp_min(1e-30).log2() / 2).floor()
+        )  # a power of two: A keeps its integers exactly, in any dtype
+        return a_rK.float() * split_r[:, None], b_Nr.float() * (scale_r / split_r)
+
+    def view(self, extent: torch.Tensor) -> LinearDelta:
+        tensors = [region.view(extent) for region in self.regions]
+        return LowRankDelta(*tensors) if len(tensors) == 2 else DenseDelta(*tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from bitdelta_core.delta.auto import AutoOptions
     from bitdelta_core.delta.distill import DistillOptions
     from bitdelta_core.delta.inspect import Summary
     from bitdelta_core.delta.planning import CompressOptions
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 class CodecName(StrEnum):
     """--codec"""
 
+    auto = "auto"
     bitdelta = "bitdelta"
     deltadq = "deltadq"
     lora = "lora"
@@ -71,7 +74,14 @@ def compress(
         CodecName | None, typer.Option(help="Of the linears. (default: bitdelta; lora for an adapter)")
     ] = None,
     scale: Annotated[Scale | None, typer.Option(help="Scales of the signs. (default: row_col)")] = None,
-    bits: Annotated[int | None, typer.Option(help="Sign planes, 1 to 16. (default: 1)")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="bitdelta: sign planes, 1 to 16 (default: 1). auto: bits per weight, 0.03 to 4."),
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="auto: at most so many bytes, every file counted.")] = None,
+    min_fidelity: Annotated[
+        float | None, typer.Option(help="auto: the least size that keeps so much, 0 to 1, on the text.")
+    ] = None,
     embeddings: Annotated[
         EmbeddingCodec | None, typer.Option(help="Embedding and head; auto: changed rows, or int4. (default: auto)")
     ] = None,
@@ -99,29 +109,27 @@ def compress(
     revision: Annotated[str | None, typer.Option(help="Revision of the base to record.")] = None,
 ) -> None:
     """Compress a fine-tune into a delta of its base. An interrupted run goes on when started again."""
+    from bitdelta_core.delta import auto
     from bitdelta_core.delta import compress as room
     from bitdelta_core.delta.format import open_delta
     from bitdelta_core.delta.inspect import summarise
 
     coding = {"codec": codec, "scale_layout": scale, "bits": bits, "embeddings": embeddings, "dtype": dtype}
     dropping = {"ratio": ratio, "mask_rows": mask_rows, "group": group, "seed": seed}
+    limits = {"max_bytes": max_bytes, "min_fidelity": min_fidelity}
     training = {"steps": distill_steps, "batch": distill_batch, "length": distill_length, "lr": distill_lr}
-    options, distillation = _compress_options(
-        finetune, _given(coding), _given(dropping), distill, _given({**training, "calibration": calibration})
-    )
-    if distillation is not None:
-        _quieten_transformers()
+    given = _given({**training, "calibration": calibration})
+    _quieten_transformers()
+    named: dict[str, Any] = {"base_name": base_name, "revision": revision}
     with _progress("compress") as progress:
-        room.compress(
-            base,
-            finetune,
-            out,
-            options,
-            distillation=distillation,
-            base_name=base_name,
-            revision=revision,
-            progress=progress,
-        )
+        if codec == "auto":
+            asked = _auto_options(_given(coding), _given(dropping), _given(limits), distill, given)
+            auto.compress(base, finetune, out, asked, **named, progress=progress)
+        else:
+            options, distillation = _compress_options(
+                finetune, _given(coding), _given({**dropping, **limits}), distill, given
+            )
+            room.compress(base, finetune, out, options, distillation=distillation, **named, progress=progress)
     summary = summarise(open_delta(out))
     _print_summary(summary)
     losses = summary.provenance.get("distillation", {})
@@ -206,6 +214,10 @@ def _compress_options(
     from bitdelta_core.delta.planning import CompressOptions
     from bitdelta_core.errors import InvalidRequest
 
+    if "bits" in coding:
+        if coding["bits"] % 1:
+            raise InvalidRequest(f"bits {coding['bits']} of sign planes: give a whole number", param="bits")
+        coding = {**coding, "bits": int(coding["bits"])}
     if is_adapter(finetune):
         others = {**{k: v for k, v in coding.items() if (k, v) != ("codec", "lora")}, **dropping, **training}
         if others or distill:
@@ -231,6 +243,28 @@ def _compress_options(
     return CompressOptions(**coding), DistillOptions(**training)
 
 
+def _auto_options(
+    coding: dict[str, Any],
+    dropping: dict[str, Any],
+    limits: dict[str, Any],
+    distill: bool | None,
+    training: dict[str, Any],
+) -> AutoOptions:
+    from bitdelta_core.delta.auto import DISTILL, AutoOptions
+    from bitdelta_core.errors import InvalidRequest
+
+    unused = sorted({"scale_layout", "embeddings", "dtype"} & coding.keys() | dropping.keys() - {"seed"})
+    if unused:
+        raise InvalidRequest(f"codec auto has nothing to do with {', '.join(unused)}", param=unused[0])
+    own = {key: training[key] for key in ("calibration", "length") if key in training}
+    own |= {key: coding[key] for key in ("bits",) if key in coding}
+    steps = {key: training[key] for key in ("steps", "batch", "lr") if key in training}
+    if distill is False and steps:
+        raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(steps))}", param="distill")
+    trained = None if distill is False else replace(DISTILL, **steps)
+    return AutoOptions(**own, **limits, **{k: v for k, v in dropping.items() if k == "seed"}, distill=trained)
+
+
 def _dropout_options(
     coding: dict[str, Any], dropping: dict[str, Any], distill: bool | None, training: dict[str, Any]
 ) -> CompressOptions:
@@ -242,6 +276,8 @@ def _dropout_options(
     unused += ["distill"] if distill else []
     if unused:
         raise InvalidRequest(f"codec deltadq has nothing to do with {', '.join(unused)}", param=unused[0])
+    if limited := {"max_bytes", "min_fidelity"} & dropping.keys():
+        raise InvalidRequest(f"codec deltadq has nothing to do with {', '.join(sorted(limited))}", param="codec")
     chosen = {**dropping, **{k: v for k, v in training.items() if k == "calibration"}}
     ratio = chosen.pop("ratio", 128)
     return CompressOptions(**coding, dropout=DropoutOptions.for_ratio(ratio, **chosen))

@@ -12,6 +12,8 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
+from bitdelta_core.delta import auto
+from bitdelta_core.delta.auto import AutoOptions
 from bitdelta_core.delta.compress import compress
 from bitdelta_core.delta.dropout import DropoutOptions
 from bitdelta_core.delta.planning import CompressOptions
@@ -23,7 +25,7 @@ ROPE = {
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
 }
-KINDS: dict[str, tuple[CompressOptions, dict[str, Any]]] = {
+KINDS: dict[str, tuple[CompressOptions | AutoOptions, dict[str, Any]]] = {
     "bitdelta-tensor": (CompressOptions(scale_layout="tensor", embeddings="exact"), {"only": "proj"}),
     "bitdelta-row": (CompressOptions(scale_layout="row"), {}),
     "bitdelta-row-col-int8": (CompressOptions(scale_layout="row_col", embeddings="int8"), {}),
@@ -37,6 +39,8 @@ KINDS: dict[str, tuple[CompressOptions, dict[str, Any]]] = {
         CompressOptions(codec="deltadq", dropout=DropoutOptions(alpha=2, value_bits=4, group=8, scale="tensor")),
         {"new_tokens": ("<|y|>",)},
     ),
+    "auto-low-rank": (AutoOptions(bits=0.5, texts=4, distill=None), {"new_tokens": ("<|z|>",)}),
+    "auto-dense": (AutoOptions(bits=3.0, calibrate=False, distill=None), {}),
     "empty": (CompressOptions(), {"only": "nothing"}),
 }
 
@@ -58,7 +62,11 @@ class Zoo:
         found = {}
         for seed, (kind, (options, changes)) in enumerate(KINDS.items(), start=1):
             fine = make_finetune(self.base, self.root / f"fine-{kind}", seed=seed, scale=0.3, **changes)
-            found[kind] = compress(self.base, fine, self.root / f"delta-{kind}", options)
+            made = self.root / f"delta-{kind}"
+            if isinstance(options, AutoOptions):
+                found[kind] = auto.compress(self.base, fine, made, options)
+            else:
+                found[kind] = compress(self.base, fine, made, options)
         self._make_adapter(self.root / "adapter")
         found["lora"] = compress(self.base, self.root / "adapter", self.root / "delta-lora")
         return found

@@ -32,8 +32,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 MIXES = {
     "distinct": [None, *ALL],
     "identical": ["bitdelta-row"],
-    "uniform": ["bitdelta-row", "lora", None, "dense", "dropout"],
-    "zipf": ["bitdelta-row"] * 4 + ["dropout"] * 2 + ["lora"] * 2 + ["more-vocabulary", None],
+    "uniform": ["bitdelta-row", "lora", None, "dense", "dropout", "auto-low-rank"],
+    "zipf": ["bitdelta-row"] * 4 + ["dropout"] * 2 + ["auto-dense"] * 2 + ["lora"] * 2 + ["more-vocabulary", None],
     "base": [None],
 }
 LIMITS = {

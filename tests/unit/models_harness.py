@@ -121,6 +121,8 @@ def merge(entry: TensorEntry, parts: Mapping[str, torch.Tensor], base: torch.Ten
             return base + planes.sum(0)
         case "deltadq":
             return base + _dropped(entry, parts)
+        case "spectral":
+            raise AssertionError("its code cannot be random: tests/integration has it")
 
 
 def _dropped(entry: TensorEntry, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

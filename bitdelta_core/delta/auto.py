@@ -1,0 +1,304 @@
+"""Codec `auto`: the most faithful delta that fits a budget, over all matrices at once.
+
+Every changed matrix, embedding and head included, is decomposed where errors weigh what they cost (`sensitivity.py`,
+`allocation.py`), and one budget is spread over all of them: what matters little gets no bytes at all. Vectors stay
+whole, and embeddings of which few rows changed are stored as those rows. Then the factors are trained (`refine.py`).
+Memory: one matrix at a time, but calibration and training hold the model (training twice), and OUT.stage holds the
+decompositions until the delta is done. docs/fidelity.md has what this rests on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdelta_core.checkpoint import Checkpoint
+from bitdelta_core.delta import allocation, sensitivity
+from bitdelta_core.delta.allocation import Metric, Spectrum
+from bitdelta_core.delta.budget import Budget, Plan
+from bitdelta_core.delta.calibration import Batches, read_calibration
+from bitdelta_core.delta.codecs import encode
+from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.distill import DistillOptions, tokenise
+from bitdelta_core.delta.lora import is_adapter
+from bitdelta_core.delta.pairing import Pairing
+from bitdelta_core.delta.refine import Bench, Coding, fidelity
+from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.delta.spectral import Coded
+from bitdelta_core.delta.stage import Stage
+from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter, check_absent
+from bitdelta_core.errors import InvalidRequest
+
+Progress = Callable[[int, int, str], None]
+DISTILL = DistillOptions(steps=100, lr=0.01)
+"""Training of the factors: lr is in steps of their rounding."""
+_MARGIN = 0.95
+"""Of the budget, where training begins: values that leave zero cost bits."""
+_SEARCHES = 6
+_CACHED_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoOptions:
+    """Exactly one of the three budgets."""
+
+    bits: float | None = None
+    """Per weight of the changed matrices, embeddings and head included."""
+    max_bytes: int | None = None
+    """Of the whole delta, every file."""
+    min_fidelity: float | None = None
+    """1 - KL(fine-tune || variant) / KL(fine-tune || no matrix changed), on calibration text, before training."""
+    calibrate: bool = True
+    """Weigh errors by what they cost on calibration text; otherwise all alike."""
+    texts: int = 64
+    length: int = 128
+    """Of calibration: sequences, and tokens of each."""
+    calibration: Path | None = None
+    """None: the text that ships with bitdelta."""
+    distill: DistillOptions | None = DISTILL
+    """Its own calibration and length are not used: `calibration` and `length` are. None: no training."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise InvalidRequest naming the first option out of range."""
+        self.budget.check()
+        for name, least in (("texts", 1), ("length", 2)):
+            if getattr(self, name) < least:
+                raise InvalidRequest(f"{name} must be {least} or more, got {getattr(self, name)}", param=name)
+        if self.distill is not None:
+            self.distill.check()
+        if not self.calibrate and (self.distill is not None or self.min_fidelity is not None):
+            named = "distill" if self.distill is not None else "min_fidelity"
+            raise InvalidRequest(f"without calibration text there is no {named}", param=named)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(bits=self.bits, max_bytes=self.max_bytes, min_fidelity=self.min_fidelity)
+
+    @property
+    def reading(self) -> DistillOptions:
+        """How the calibration text is cut up."""
+        batch = self.distill.batch if self.distill is not None else DISTILL.batch
+        return DistillOptions(batch=batch, length=self.length, calibration=self.calibration, seed=self.seed)
+
+    def described(self) -> dict[str, Any]:
+        """For provenance: plain values, and of a path its name."""
+        body = {key: value for key, value in asdict(self).items() if value is not None and key != "distill"}
+        training = self.distill
+        described = {k: getattr(training, k) for k in ("steps", "batch", "lr")} if training is not None else None
+        return {**body, "calibration": self.calibration.name if self.calibration else "default", "training": described}
+
+
+def compress(
+    base_path: Path,
+    finetune_path: Path,
+    out: Path,
+    options: AutoOptions,
+    *,
+    base_name: str | None = None,
+    revision: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done, total, name: None,
+) -> Path:
+    """Write the delta of a full fine-tune to `out`. An interrupted run goes on when started again.
+
+    Raises:
+        CheckpointError: a directory cannot be read, or the two do not belong together.
+        InvalidRequest: `out` exists or cannot be written, the calibration text cannot be used, an option is out of
+            range, the budget is too small for what must be stored whole, or the fine-tune is an adapter.
+    """
+    options.check()
+    check_absent(out)
+    if is_adapter(finetune_path):
+        raise InvalidRequest(f"{finetune_path} is a PEFT adapter: it is taken as it is (codec lora)", param="codec")
+    base, fine = Checkpoint(base_path), Checkpoint(finetune_path)
+    pairing = Pairing(base, fine)
+    pairing.check()
+    text = read_calibration(options.calibration) if options.calibrate else b""
+    plan = Plan.of(pairing, options.budget)
+    provenance = {"options": options.described(), "calibration_sha256": hashlib.sha256(text).hexdigest()}
+    config = plan.config(pairing, base_name=base_name, revision=revision, provenance=provenance)
+    stage = Stage(out, hashlib.sha256(config.to_json()).hexdigest())
+    batches = tokenise(base, fine, text, options.reading) if options.calibrate else None
+    run = Run(pairing, options, plan, stage, batches, progress)
+    coding, measured = run.coding()
+    config = replace(config, provenance={**config.provenance, "measured": measured}, format_version=0)
+    written = _write(out, config, run, coding, shard_bytes)
+    stage.remove()
+    return written
+
+
+@dataclass(frozen=True)
+class Run:
+    """The slow part of one compression."""
+
+    pairing: Pairing
+    options: AutoOptions
+    plan: Plan
+    stage: Stage
+    batches: Batches | None
+    progress: Progress
+    _models: list[Any] = field(default_factory=list)
+
+    def coding(self) -> tuple[Coding, dict[str, float]]:
+        """The factors to store, and what was measured on the way."""
+        for name, metrics in self._missing():
+            self.stage.save(_file(name), _tensors(self._decompose(name, *metrics)))
+            self.pairing.release()
+        spectra = self._spectra()
+        if self.options.min_fidelity is not None:
+            coding, budget = self._search(spectra)
+        else:
+            budget = self.plan.budget_bits
+            coding = _quantised(spectra, budget)
+        if self.options.distill is None or self.batches is None or not any(coding.values()):
+            return coding, {}
+        return self._trained(spectra, coding, budget, self.options.distill)
+
+    def _missing(self) -> Iterator[tuple[str, sensitivity.Metrics]]:
+        """Matrices that no earlier run decomposed, with their metrics."""
+        names = [name for name in self.plan.pool if _file(name) not in self.stage]
+        for i, (name, metrics) in enumerate(self._measured(names)):
+            self.progress(i, len(names), name)
+            yield name, metrics
+
+    def _measured(self, names: list[str]) -> Iterator[tuple[str, sensitivity.Metrics]]:
+        if self.batches is None:
+            return ((name, (Metric(), Metric())) for name in names)
+        if not names:
+            return iter(())
+        count = max(1, self.options.texts // self.batches.size)
+        return sensitivity.measure(self._model(0), names, self.batches, count)
+
+    def _decompose(self, name: str, inputs: Metric, outputs: Metric) -> Spectrum:
+        base, fine = self.pairing.base_tensor(name), self.pairing.fine_tensor(name)
+        common = min(base.shape[0], fine.shape[0])
+        if outputs.moment is not None:
+            outputs = Metric(outputs.moment[:common] if outputs.moment.ndim == 1 else outputs.moment)
+        difference = fine[:common].float() - base[:common].float()
+        return allocation.decompose(difference, inputs, outputs, self.plan.rank_limit(common, fine.shape[1]))
+
+    def _spectra(self) -> dict[str, Callable[[], Spectrum]]:
+        names = list(self.plan.pool)
+        load: Callable[[str], Spectrum] = partial(_loaded, self.stage)
+        size = sum((self.stage.path / f"{_file(name)}.safetensors").stat().st_size for name in names)
+        load = cache(load) if size <= _CACHED_BYTES else load
+        return {name: partial(load, name) for name in names}
+
+    def _search(self, spectra: Mapping[str, Callable[[], Spectrum]]) -> tuple[Coding, float]:
+        """The smallest budget, in equal ratios between the least and the most, that reaches the fidelity."""
+        bench, wanted = self._bench(), self.options.min_fidelity
+        kl_base = bench.kl({})
+        low, high = Budget.LEAST, Budget.MOST
+        best = _quantised(spectra, high * self.plan.weights)
+        for _ in range(_SEARCHES):
+            middle = math.sqrt(low * high)
+            coding = _quantised(spectra, middle * self.plan.weights)
+            if fidelity(bench.kl(coding), kl_base) >= wanted:  # pyright: ignore[reportOperatorIssue]
+                high, best = middle, coding
+            else:
+                low = middle
+        return best, high * self.plan.weights
+
+    def _trained(
+        self, spectra: Mapping[str, Callable[[], Spectrum]], coding: Coding, budget: float, training: DistillOptions
+    ) -> tuple[Coding, dict[str, float]]:
+        """The better of `coding` and of factors trained from a little below the budget."""
+        if "trained" in self.stage:
+            return _unpacked(self.stage.load("trained"))
+        bench = self._bench()
+        delta = allocation.fit(spectra, _MARGIN * budget)
+        trained = bench.train(
+            {name: allocation.scaled(load(), delta) for name, load in spectra.items()},
+            training,
+            lambda step: self.progress(step, training.steps, "distillation"),
+        )
+        measured = {"kl_base": bench.kl({}), "kl_untrained": bench.kl(coding), "kl_trained": bench.kl(trained)}
+        fits = sum(map(allocation.code_bits, trained.values())) <= budget
+        if fits and measured["kl_trained"] < measured["kl_untrained"]:
+            coding = trained
+        self.stage.save("trained", _packed(coding, measured))
+        return _unpacked(self.stage.load("trained"))
+
+    def _bench(self) -> Bench:
+        assert self.batches is not None, "judged without text"
+        return Bench(self._model(0), self._model(1), {n: self._unchanged(n) for n in self.plan.pool}, self.batches)
+
+    def _model(self, index: int) -> Any:
+        while len(self._models) <= index:
+            self._models.append(sensitivity.load_model(self.pairing.fine))
+        return self._models[index]
+
+    def _unchanged(self, name: str) -> torch.Tensor:
+        base, fine = self.pairing.base_tensor(name), self.pairing.fine_tensor(name)
+        common = min(base.shape[0], fine.shape[0])
+        return torch.cat([base[:common], fine[common:].to(base.dtype)])
+
+
+def _write(out: Path, config: DeltaConfig, run: Run, coding: Coding, shard_bytes: int) -> Path:
+    coded: dict[str, tuple[TensorEntry, dict[str, torch.Tensor]]] = {}
+    for name, factors in coding.items():
+        entry, parts = run.plan.entry(run.pairing, name, factors)
+        if entry is not None:
+            coded[name] = entry, parts
+    entries = sorted([*run.plan.exact, *(entry for entry, _ in coded.values())], key=lambda entry: entry.name)
+    config = replace(config, tensors={entry.name: entry for entry in entries}, format_version=0)
+    stamp = hashlib.sha256(config.to_json()).hexdigest()
+    writer = DeltaWriter(out, entries, fingerprint=stamp, shard_bytes=shard_bytes)
+    for i, entry in enumerate(entries):
+        run.progress(i, len(entries), entry.name)
+        if entry.name in writer.done:
+            continue
+        own, new = run.pairing.base_tensor(entry.name), run.pairing.fine_tensor(entry.name)
+        writer.put(entry, coded[entry.name][1] if entry.name in coded else encode(entry, own, new)[1])
+        run.pairing.release()
+    return writer.finish(config, run.plan.sidecars)
+
+
+def _quantised(spectra: Mapping[str, Callable[[], Spectrum]], bits: float) -> dict[str, Coded | None]:
+    delta = allocation.fit(spectra, bits)
+    return {name: allocation.quantise(load(), delta) for name, load in spectra.items()}
+
+
+def _file(name: str) -> str:
+    return f"spectrum-{name}"
+
+
+def _tensors(spectrum: Spectrum) -> dict[str, torch.Tensor]:
+    weights = torch.tensor(spectrum.weights, dtype=torch.float64)
+    return {"a": spectrum.a_rK, "b": spectrum.b_rN, "s": spectrum.s_r, "weights": weights}
+
+
+def _loaded(stage: Stage, name: str) -> Spectrum:
+    found = stage.load(_file(name))
+    return Spectrum(found["a"], found["b"], found["s"], (found["weights"][0].item(), found["weights"][1].item()))
+
+
+def _packed(coding: Coding, measured: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    flat = {f"measured.{key}": torch.tensor(value, dtype=torch.float64) for key, value in measured.items()}
+    for name, coded in coding.items():
+        flat[f"{name}.present"] = torch.tensor(coded is not None)
+        if coded is not None:
+            flat |= {f"{name}.a": coded.a_rK, f"{name}.b": coded.b_rN, f"{name}.exponent": coded.exponent_r}
+            flat[f"{name}.scale"] = torch.tensor(coded.scale, dtype=torch.float64)
+    return flat
+
+
+def _unpacked(flat: Mapping[str, torch.Tensor]) -> tuple[dict[str, Coded | None], dict[str, float]]:
+    coding: dict[str, Coded | None] = {}
+    for name in sorted(key.removesuffix(".present") for key in flat if key.endswith(".present")):
+        coding[name] = None
+        if flat[f"{name}.present"]:
+            coding[name] = Coded(
+                flat[f"{name}.a"], flat[f"{name}.b"], flat[f"{name}.scale"].item(), flat[f"{name}.exponent"]
+            )
+    return coding, {
+        key.removeprefix("measured."): flat[key].item() for key in sorted(flat) if key.startswith("measured.")
+    }

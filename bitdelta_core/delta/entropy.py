@@ -1,0 +1,173 @@
+"""Entropy coding of small integers: interleaved rANS with tables that follow from integers alone.
+
+Each row of symbols has a class, 0 to CLASSES - 1, that says how widely its values spread: a sampled Gaussian, worked
+out in integers so that every machine has the same table. Symbol t * lanes + w belongs to lane w, so that one step
+decodes all lanes at once. docs/delta-format.md, "Coded integers", is the specification. (rANS: Duda, arXiv 1311.2540.)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+LIMIT = 127
+"""Values are -LIMIT to LIMIT."""
+MAX_LANES, STEPS = 4096, 4096
+_LOW = 1 << 16
+_TOTAL = 1 << 16
+_DECAY = (
+    729529,
+    5968934,
+    29356949,
+    98176606,
+    245104289,
+    490321026,
+    829266427,
+    1234945025,
+    1670020873,
+    2099218396,
+    2496548602,
+    2847039003,
+    3145080763,
+    3391566764,
+    3591156252,
+    3750204082,
+    3875415305,
+    3973084909,
+    4048740935,
+    4107035638,
+    4151773203,
+    4186002260,
+    4212130884,
+    4232041259,
+    4247193169,
+    4258712293,
+    4267462963,
+    4274106705,
+    4279148609,
+    4282973619,
+    4285874712,
+    4288074638,
+    4289742623,
+    4291007150,
+    4291965732,
+    4292692343,
+    4293243094,
+    4293660531,
+    4293976917,
+    4294216708,
+)
+"""exp(-1 / (2 s^2)) in units of 2^-32 for s = 0.24 * 2^(c / 5), class c."""
+CLASSES = len(_DECAY)
+
+
+class BadCode(ValueError):
+    """The bytes are no code of so many symbols of these classes."""
+
+
+@lru_cache(maxsize=1)
+def frequencies() -> np.ndarray:
+    """uint32 [CLASSES, 2 * LIMIT + 1]: of -LIMIT .. LIMIT, each row adding up to 2^16; 0: not in the class."""
+    table = np.zeros((CLASSES, 2 * LIMIT + 1), np.uint32)
+    for c, decay in enumerate(_DECAY):
+        weights = _weights(decay)
+        total = 2 * sum(weights) - weights[0]
+        counts = [max(1, weight * _TOTAL // total) for weight in weights[1:]]
+        table[c, LIMIT] = _TOTAL - 2 * sum(counts)
+        for q, count in enumerate(counts, 1):
+            table[c, LIMIT - q] = table[c, LIMIT + q] = count
+    return table
+
+
+@lru_cache(maxsize=1)
+def costs() -> torch.Tensor:
+    """float32 [CLASSES, LIMIT + 1]: bits of a value of each magnitude; inf where the class does not have it."""
+    counts = torch.from_numpy(frequencies()[:, LIMIT:].astype(np.float32))
+    return 16 - counts.log2()
+
+
+def best_classes(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(uint8 [R], fp32 [R]): the class that codes each row of int8 [R, M] in fewest bits, and those bits."""
+    magnitude = q.abs().long()
+    counts = torch.zeros(q.shape[0], LIMIT + 1).scatter_add_(1, magnitude, torch.ones(q.shape))
+    bits = counts @ costs().nan_to_num(posinf=1e9).T
+    least = bits.min(1)
+    return least.indices.to(torch.uint8), least.values
+
+
+def encode(symbols: np.ndarray, classes: np.ndarray) -> bytes:
+    """Code int8 [S] values, each of the class that stands in uint8 [S]."""
+    lanes, steps = lanes_of(len(symbols)), -(-len(symbols) // lanes_of(len(symbols)))
+    counts, starts = frequencies(), _starts()
+    values = symbols.astype(np.int64) + LIMIT
+    state = np.full(lanes, _LOW, np.uint64)
+    words: list[np.ndarray] = []
+    for step in reversed(range(steps)):
+        span = slice(step * lanes, min((step + 1) * lanes, len(symbols)))
+        count = counts[classes[span], values[span]].astype(np.uint64)
+        assert count.all(), "a value that its class does not have"
+        x = state[: len(count)]
+        full = x >= count << np.uint64(16)
+        words.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
+        x = np.where(full, x >> np.uint64(16), x)
+        state[: len(count)] = (x // count << np.uint64(16)) + x % count + starts[classes[span], values[span]]
+    return state.astype("<u4").tobytes() + b"".join(chunk.tobytes() for chunk in reversed(words))
+
+
+def decode(code: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """int8 [S] values from uint8 [bytes], each of the class that stands in uint8 [S].
+
+    Raises:
+        BadCode: too short, too long, or not what an encoder leaves.
+    """
+    lanes = lanes_of(len(classes))
+    if len(code) < 4 * lanes or len(code) % 2 or (classes >= CLASSES).any():
+        raise BadCode(f"{len(code)} bytes for {len(classes)} symbols in {lanes} lanes")
+    state = code[: 4 * lanes].view("<u4").astype(np.uint64)
+    words = code[4 * lanes :].view("<u2").astype(np.uint64)
+    counts, starts, at = frequencies(), _starts(), 0
+    used = np.unique(classes)
+    order = np.searchsorted(used, classes)
+    values = np.stack([np.repeat(np.arange(2 * LIMIT + 1), counts[c]) for c in used]).astype(np.uint8)
+    found = np.empty(len(classes), np.int16)
+    for start in range(0, len(classes), lanes):
+        own = classes[start : start + lanes]
+        x = state[: len(own)]
+        slot = (x & np.uint64(0xFFFF)).astype(np.int64)
+        value = values[order[start : start + lanes], slot]
+        found[start : start + lanes] = value
+        x = counts[own, value] * (x >> np.uint64(16)) + slot.astype(np.uint64) - starts[own, value]
+        short = np.flatnonzero(x < _LOW)
+        if at + len(short) > len(words):
+            raise BadCode("it ends before its last symbol")
+        x[short] = x[short] << np.uint64(16) | words[at : at + len(short)]
+        state[: len(own)] = x
+        at += len(short)
+    if at != len(words) or (state != _LOW).any():
+        raise BadCode("it does not end where its last symbol does")
+    return (found - LIMIT).astype(np.int8)
+
+
+def lanes_of(symbols: int) -> int:
+    """The largest power of two up to symbols / STEPS, 1 to MAX_LANES."""
+    return 1 << min(MAX_LANES, max(1, symbols // STEPS)).bit_length() - 1
+
+
+@lru_cache(maxsize=1)
+def _starts() -> np.ndarray:
+    counts = frequencies().astype(np.uint64)
+    return np.cumsum(counts, 1) - counts
+
+
+def _weights(decay: int) -> list[int]:
+    """2^32 exp(-q^2 / (2 s^2)) for q = 0, 1, … while it is 64 or more: each from the one before, rounding down."""
+    weights, ratio, square = [1 << 32], decay, decay * decay >> 32
+    while len(weights) <= LIMIT:
+        following = weights[-1] * ratio >> 32
+        if following < 64:
+            break
+        weights.append(following)
+        ratio = ratio * square >> 32
+    return weights

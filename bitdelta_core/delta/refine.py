@@ -1,0 +1,134 @@
+"""Judging and training coded factors against the fine-tune: KL divergence of its predictions on calibration text.
+
+Training moves the factors under the rounding that is stored: forward with rounded values, gradients passed straight to
+the values underneath (Bengio et al., arXiv 1308.3432), exact for everything else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bitdelta_core.delta import entropy
+from bitdelta_core.delta.allocation import Scaled
+from bitdelta_core.delta.calibration import Batches
+from bitdelta_core.delta.distill import DistillOptions
+from bitdelta_core.delta.format import EMBEDDING, HEAD
+from bitdelta_core.delta.spectral import Coded, component_scales
+
+_JUDGED = 8
+"""Batches."""
+Coding = Mapping[str, Coded | None]
+
+
+class _Round(torch.autograd.Function):
+    """To the nearest integer; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round().clamp(-entropy.LIMIT, entropy.LIMIT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+class SpectralLinear(nn.Module):
+    """y = x W^T + b + ((x A^T) scale) B^T, where A and B are what rounding makes of `a` and `b`."""
+
+    def __init__(self, linear: nn.Linear, start: Scaled) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.start = start
+        device = linear.weight.device
+        self.scale_r = component_scales(torch.tensor([start.scale]), start.exponent_r).to(device)
+        self.a = nn.Parameter(start.a_rK.to(device, copy=True))
+        self.b = nn.Parameter(start.b_rN.to(device, copy=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]"""
+        a, b = (_Round.apply(side) for side in (self.a, self.b))
+        inner = functional.linear(x, a.to(x.dtype)) * self.scale_r.to(x.dtype)
+        return self.linear(x) + functional.linear(inner, b.to(x.dtype).T)
+
+    def trained(self) -> Coded | None:
+        """The factors as they would be stored, components that died left out."""
+        a, b = (side.detach().cpu() for side in (self.a, self.b))
+        return Scaled(a, b, self.start.scale, self.start.exponent_r).rounded()
+
+
+class Bench:
+    """The fine-tune beside a student whose coded matrices can be set."""
+
+    def __init__(self, teacher: Any, student: Any, base: Mapping[str, torch.Tensor], batches: Batches) -> None:
+        """`base`: what each coded matrix is without its difference, of the shape that it has in the fine-tune."""
+        self.teacher, self.student = teacher, student
+        self.base = base
+        self.batches = batches
+        self.device = next(student.parameters()).device
+
+    def kl(self, coding: Coding) -> float:
+        """Mean nats per token that the student with these factors is away from the fine-tune."""
+        self._set(coding)
+        with torch.no_grad():
+            found = [self._loss(*batch).item() for batch in itertools.islice(self.batches, _JUDGED)]
+        return sum(found) / len(found)
+
+    def train(
+        self, starts: Mapping[str, Scaled | None], options: DistillOptions, progress: Callable[[int], None]
+    ) -> dict[str, Coded | None]:
+        """Factors after training; embedding and head stay as they are. Stops early when the loss is not finite."""
+        coding = {name: None if start is None else start.rounded() for name, start in starts.items()}
+        self._set({name: coded for name, coded in coding.items() if name in (EMBEDDING, HEAD)})
+        layers = {n: self._install(n, s) for n, s in starts.items() if s is not None and n not in (EMBEDDING, HEAD)}
+        factors = [side for layer in layers.values() for side in (layer.a, layer.b)]
+        optimizer = torch.optim.Adam(factors, lr=options.lr, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+        for step, batch in zip(range(options.steps), self.batches, strict=False):
+            optimizer.zero_grad()
+            loss = self._loss(*batch)
+            if not loss.isfinite():
+                break
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress(step + 1)
+        for name, layer in layers.items():
+            self._put(name, layer.linear)
+        return {**coding, **{name: layer.trained() for name, layer in layers.items()}}
+
+    def _loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
+        got = self.student(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
+        return (wanted.exp() * (wanted - got)).sum(-1).mean()
+
+    def _set(self, coding: Coding) -> None:
+        for name, base in self.base.items():
+            weight, coded = base.float(), coding.get(name)
+            if coded is not None:
+                weight = weight.clone()
+                weight[: coded.b_rN.shape[1]] += coded.matrix()
+            parameter = self.student.get_parameter(name)
+            parameter.data = weight.to(parameter.device, parameter.dtype)
+
+    def _install(self, name: str, start: Scaled) -> SpectralLinear:
+        layer = SpectralLinear(self.student.get_submodule(name.removesuffix(".weight")), start)
+        self._put(name, layer)
+        return layer
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        setattr(self.student.get_submodule(path), leaf, module)
+
+
+def fidelity(kl: float, kl_base: float) -> float:
+    """1: predicts as the fine-tune does; 0: no nearer than without any difference in the coded matrices."""
+    return 1 - kl / kl_base if kl_base > 0 and math.isfinite(kl) else float(kl == 0)
