@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,11 @@ from typing import Any
 import torch
 import transformers
 
+from bitdelta_core.delta import auto
+from bitdelta_core.delta.auto import AutoOptions
 from bitdelta_core.delta.compress import compress
 from bitdelta_core.delta.distill import DistillOptions
+from bitdelta_core.delta.dropout import RATIOS, DropoutOptions
 from bitdelta_core.delta.format import open_delta
 from bitdelta_core.delta.inspect import summarise
 from bitdelta_core.delta.lora import is_adapter
@@ -83,18 +86,36 @@ class Way:
     bits: int | None = None
     distill: bool = False
     embeddings: str | None = None
-    """None: as --embeddings says."""
+    """None: as --embeddings says. auto has them in its budget."""
+    ratio: int | None = None
+    """deltadq: by the paper's count"""
+    mask_rows: int | None = None
+    """deltadq"""
+    budget: float | None = None
+    """auto: bits per weight"""
+    calibrate: bool | None = None
+    """auto: False weighs all errors alike."""
 
 
-def ways(all_bits: Sequence[int], scales: Sequence[str], distil: str) -> Iterator[Way]:
-    """The grid; distil "some": one bit in every layout, more bits with row scales only."""
-    yield Way("dense")
-    for embeddings in ("int8", "int4", "int2"):
-        yield Way("dense", embeddings=embeddings)
-    for bits in all_bits:
-        for scale in scales:
+def ways(args: argparse.Namespace) -> Iterator[Way]:
+    """The grid; distil "some": one bit in every layout, more bits with row scales only, and auto."""
+    for budget in args.budgets:
+        yield Way("auto", budget=budget)
+        if args.data_free:
+            yield Way("auto", budget=budget, calibrate=False)
+        if args.distil != "none":
+            yield Way("auto", budget=budget, distill=True)
+    for ratio in args.ratios:
+        for mask_rows in args.mask_rows:
+            yield Way("deltadq", ratio=ratio, mask_rows=mask_rows)
+    if args.dense:
+        yield Way("dense")
+        for embeddings in ("int8", "int4", "int2"):
+            yield Way("dense", embeddings=embeddings)
+    for bits in args.bits:
+        for scale in args.scales:
             yield Way("bitdelta", scale, bits)
-            if distil == "all" or (distil == "some" and (bits == 1 or scale == "row")):
+            if args.distil == "all" or (args.distil == "some" and (bits == 1 or scale == "row")):
                 yield Way("bitdelta", scale, bits, distill=True)
 
 
@@ -193,6 +214,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.distill = DistillOptions(steps=args.distill_steps, batch=args.distill_batch, lr=args.distill_lr)
+        self.distill_auto = replace(self.distill, lr=auto.DISTILL.lr)
         self.conditions = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "commit": args.commit or _commit(),
@@ -222,7 +244,7 @@ class Bench:
         yield {**common, "way": {"codec": "fine-tune"}, "score": asdict(of_fine), "gain_kept": 1.0}
         for way in [
             *([Way("lora")] if fine != source else []),
-            *ways(self.args.bits, self.args.scales, self.args.distil),
+            *ways(self.args),
         ]:
             started = time.monotonic()
             delta = self._compress(way, source, fine, work / "delta")
@@ -238,7 +260,8 @@ class Bench:
                 "nbytes": summary.nbytes,
                 "ratio": summary.ratio,
                 "linear_bits_per_weight": summary.linear_bits_per_weight,
-                "distillation": summary.provenance.get("distillation"),
+                "value_ratio": summary.linear_value_ratio,
+                "distillation": summary.provenance.get("distillation") or summary.provenance.get("measured"),
                 "compress_seconds": round(seconds, 1),
             }
             _remove(work / "delta", work / "restored")
@@ -246,9 +269,15 @@ class Bench:
     def _compress(self, way: Way, source: Path, fine: Path, out: Path) -> Path:
         if way.codec == "lora":
             return compress(self.args.base, source, out)
+        if way.codec == "auto":
+            trained = self.distill_auto if way.distill else None
+            options = AutoOptions(bits=way.budget, calibrate=way.calibrate is not False, distill=trained)
+            return auto.compress(self.args.base, fine, out, options)
         coding: dict[str, Any] = {"codec": way.codec, "embeddings": way.embeddings or self.args.embeddings}
         if way.scale:
             coding |= {"scale_layout": way.scale, "bits": way.bits}
+        if way.ratio:
+            coding["dropout"] = DropoutOptions.for_ratio(way.ratio, mask_rows=way.mask_rows)
         return compress(
             self.args.base, fine, out, CompressOptions(**coding), distillation=self.distill if way.distill else None
         )
@@ -299,6 +328,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--embeddings", default="auto", choices=["auto", "exact", "int8", "int4", "int2"])
     parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4], help="sign planes to try")
     parser.add_argument("--scales", nargs="+", default=LAYOUTS, choices=LAYOUTS)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[2.0, 1.0, 0.5, 0.25, 0.125], help="auto: bits")
+    parser.add_argument("--data-free", action="store_true", help="auto: without calibration text as well")
+    parser.add_argument("--ratios", type=int, nargs="*", default=list(RATIOS), help="deltadq: by the paper's count")
+    parser.add_argument("--mask-rows", type=int, nargs="*", default=[1, 16, 64], help="deltadq: rows that share masks")
+    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True, help="embeddings alone")
     parser.add_argument("--distil", choices=["all", "some", "none"], default="all", help=ways.__doc__)
     defaults = DistillOptions()
     parser.add_argument("--distill-steps", type=int, default=defaults.steps)

@@ -13,7 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.jsonl"
 METRICS = {"exact_match": ("exact match", ".2f"), "nats": ("nats per token", ".3f")}
-ORDER = ("base", "fine-tune", "lora", "dense", "bitdelta")
+ORDER = ("base", "fine-tune", "lora", "dense", "auto", "deltadq", "bitdelta")
 
 
 def latest(lines: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -48,6 +48,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 def _cells(record: Mapping[str, Any], form: str) -> tuple[str, ...]:
     way, score = record["way"], record["score"]
     name = way["codec"] + (f", embeddings {way['embeddings']}" if way.get("embeddings") else "")
+    name += f", {way['budget']:g} bits" if "budget" in way else ""
+    name += ", data-free" if way.get("calibrate") is False else ""
+    name += f" {way['ratio']}x, masks of {way['mask_rows']}" if "ratio" in way else ""
     sizes = ("", "", "")
     if "nbytes" in record:
         sizes = (f"{record['nbytes']:,}", f"{record['ratio']:.2f}", f"{record['linear_bits_per_weight']:.2f}")
@@ -67,7 +70,7 @@ def _cells(record: Mapping[str, Any], form: str) -> tuple[str, ...]:
 
 
 def _training(described: Mapping[str, Any] | None) -> str:
-    return f"{described['steps']} x {described['batch']}" if described else "yes"
+    return f"{described['steps']} x {described['batch']}" if described and "steps" in described else "yes"
 
 
 def _rank(way: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -75,6 +78,9 @@ def _rank(way: Mapping[str, Any]) -> tuple[Any, ...]:
     scale = scales.index(way["scale"]) if way.get("scale") else -1
     return (
         ORDER.index(way["codec"]),
+        -way.get("budget", 0),
+        way.get("ratio", 0),
+        way.get("mask_rows", 0),
         way.get("bits", 0),
         scale,
         way.get("distill", False),
