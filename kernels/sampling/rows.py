@@ -83,9 +83,9 @@ class Wants:
     """Some row that is not greedy wants a log-probability (only with `random`)"""
 
     def __or__(self, other: Wants) -> Wants:
-        return Wants(
-            self.random or other.random, self.truncated or other.truncated, self.ranks or other.ranks
-        )  # a graph that serves both
+        """What a graph that serves both must be captured for."""
+        ranks = self.ranks or other.ranks
+        return Wants(self.random or other.random, self.truncated or other.truncated, ranks)
 
 
 GREEDY = Wants(random=False, truncated=False, ranks=False)
