@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -59,8 +59,16 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) 
 
 
 def key(target: Target, rows: int, kinds: Kinds) -> str:
-    """What measured configurations are filed under: outputs x inputs, rows up to a power of two, signs or not."""
-    return f"{target.outputs}x{target.inputs} {triton.next_power_of_2(rows)} {'signs' if kinds.signs else 'base'}"
+    """What measured configurations are filed under: outputs x inputs, rows up to a power of two, which kernels.
+
+    Several planes, or column scales, take more registers than one plane without.
+    """
+    kernels = ("signs" if _plain(kinds) else "planes") if kinds.signs else "base"
+    return f"{target.outputs}x{target.inputs} {triton.next_power_of_2(rows)} {kernels}"
+
+
+def _plain(kinds: Kinds) -> bool:
+    return kinds.planes == 1 and not kinds.columns
 
 
 def rule(target: Target, rows: int, kinds: Kinds, b1: bool, multiprocessors: int = 132) -> Config:
@@ -89,7 +97,7 @@ def sign_rule(target: Target, rows: int, kinds: Kinds) -> Config:
     blocks = target.tiles[1]
     warps = 4 if blocks <= 24 else 8
     steps = -(-blocks // warps)
-    plain = kinds.planes == 1 and not kinds.columns
+    plain = _plain(kinds)
     tiles = 1 if rows <= 2 or steps > 7 else 4 if rows > FLAT_ROWS and steps <= 4 and plain else 2
     return Config("signs", tiles=tiles, warps=warps, registers=128 if tiles == 2 and warps == 8 and plain else None)
 
@@ -132,3 +140,8 @@ def _sign_candidates(target: Target, rows: int) -> list[Config]:
                 config = Config("signs", groups=groups, tiles=tiles, warps=warps)
                 found += [config, replace(config, registers=128)] if words >= 32 else [config]
     return found
+
+
+def settings(config: Config) -> dict[str, int | str | bool | None]:
+    """A config as it stands in a file of measured ones."""
+    return asdict(config)

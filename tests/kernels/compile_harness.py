@@ -53,6 +53,8 @@ class Compiled:
     shared: int
     counts: dict[str, int]
     """How often each instruction stands in the machine code"""
+    fragments: list[str]
+    """Which elements each lane holds where inline assembly multiplies matrices"""
 
 
 class _Chip:
@@ -102,7 +104,14 @@ def inspect(case: str, kernel: Any) -> Compiled:
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
     counts = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M))
     shared, local = kernel.metadata.shared, max(found["STACK"], found["LOCAL"])
-    return Compiled(case, kernel.metadata.name, found["REG"], local, shared, dict(counts.most_common()))
+    layouts = fragments(kernel.asm["ttgir"])
+    return Compiled(case, kernel.metadata.name, found["REG"], local, shared, dict(counts.most_common()), layouts)
+
+
+def fragments(ttgir: str) -> list[str]:
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
+    asm = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line and "mma.sync" in line]
+    return sorted({layouts[name] for line in asm for name in re.findall(r"(#\w+)>", line.split(" : ")[-1])})
 
 
 def cases(arch: int, only: str = "") -> list[Case]:

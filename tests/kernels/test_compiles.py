@@ -14,6 +14,7 @@ import pytest
 from tests.kernels.compile_harness import ARCHS
 
 ROOT = Path(__file__).parents[2]
+FOUR_WORDS = "sizePerThread = [1, 4], threadsPerWarp = [1, 32], warpsPerCTA = [1, "
 
 
 Harness = dict[int, subprocess.Popen[str]]
@@ -45,3 +46,6 @@ def test_compiles(arch: int, harness: Harness) -> None:
     assert compiled
     spilled = [f"{c['case']}: {c['kernel']}: {c['stack']} B" for c in compiled if c["stack"]]
     assert not spilled, f"local memory on sm_{arch}: {spilled}"
+    wrong = [layout for c in compiled for layout in c["fragments"] if FOUR_WORDS not in layout]
+    assert not wrong, "mma.b1 takes registers as they are: each lane must hold four words that follow each other"
+    assert any(c["fragments"] for c in compiled)

@@ -11,7 +11,7 @@ import torch
 
 from kernels import configs
 from kernels.delta_linear import choice
-from kernels.delta_linear.choice import FLAT_ROWS, Config, candidates, choose, key, rule
+from kernels.delta_linear.choice import FLAT_ROWS, Config, candidates, choose, key, rule, settings
 from kernels.delta_linear.device import member_blocks, split_of
 from kernels.delta_linear.self_check import SelfCheck, native_b1
 from kernels.device import Kinds, Target
@@ -27,6 +27,7 @@ SHAPES = [
     (4096, 14336),
     (48, 40),
 ]
+KINDS = {"base": Kinds(), "signs": SIGNS, "columns": Kinds(signs=True, columns=True, planes=2)}
 
 
 @pytest.fixture
@@ -44,9 +45,7 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 16, 64, 128, 256])
-@pytest.mark.parametrize(
-    "kinds", [Kinds(), SIGNS, Kinds(signs=True, columns=True, planes=2)], ids=["base", "signs", "columns"]
-)
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
 def test_candidates_begin_with_the_rule(shape: tuple[int, int], rows: int, kinds: Kinds) -> None:
     target = Target(0, *shape)
     found = candidates(target, rows, kinds)
@@ -69,11 +68,12 @@ def test_rule() -> None:
 def test_measured_configurations_come_first(on_h200: Path) -> None:
     target, device = Target(0, 4096, 4096), torch.device("cuda")
     measured = Config("flat", split=8, tiles=8)
-    on_h200.write_text(json.dumps({key(target, 8, SIGNS): asdict(measured)}))
+    on_h200.write_text(json.dumps({key(target, 8, SIGNS): settings(measured)}))
     assert choose(target, 7, SIGNS, device) == measured
     assert split_of(target, 5, SIGNS, device) == 8
     assert choose(target, 9, SIGNS, device) == rule(target, 9, SIGNS, b1=True)
-    assert choose(target, 8, Kinds(), device) == rule(target, 8, Kinds(), b1=True)
+    for kinds in (KINDS["base"], KINDS["columns"]):
+        assert choose(target, 8, kinds, device) == rule(target, 8, kinds, b1=True)
 
 
 def test_a_chip_that_fails_its_check_unpacks(on_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
