@@ -50,7 +50,7 @@ def test_every_public_function_and_class_of_the_packages_is_annotated() -> None:
 
 def _is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether it is in Triton's language, which has no types of Python's to annotate with."""
-    return any(ast.unparse(decorator).endswith(".jit") for decorator in function.decorator_list)
+    return any(re.match(r"\w+\.jit\b", ast.unparse(decorator)) for decorator in function.decorator_list)
 
 
 def test_no_machine_path_in_the_tree() -> None:
