@@ -9,6 +9,8 @@ TABLE points at the target's row of entry 0; `table_stride` is the distance betw
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -97,7 +99,12 @@ def measured(key: str, device: torch.device) -> configs.Settings | None:
     """What a benchmark found on this device."""
     if device.type != "cuda":
         return None
-    return configs.lookup("delta_linear", torch.cuda.get_device_name(device), key)
+    return configs.lookup("delta_linear", _name(device), key)
+
+
+@lru_cache(maxsize=8)
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def check_rows(x_TK: torch.Tensor, target: Target) -> None:
