@@ -127,3 +127,38 @@ def test_hub_ids_are_explained(fine: Path, tmp_path: Path) -> None:
 
 def test_unknown_values_are_usage_errors(base: Path, fine: Path, tmp_path: Path) -> None:
     assert run("compress", base, fine, tmp_path / "out", "--codec", "zip").exit_code == 2
+
+
+def test_compress_with_dropout_and_with_a_budget(base: Path, fine: Path, tmp_path: Path) -> None:
+    words = ("--codec", "deltadq", "--ratio", 64, "--mask-rows", 16, "--group", 8, "--seed", 3)
+    result = run("compress", base, fine, tmp_path / "dropped", *words)
+    assert result.exit_code == 0, result.output
+    assert "64.00 times smaller linears, were only value bits counted" in result.output
+    entries = [e for e in open_delta(tmp_path / "dropped").config.tensors.values() if e.codec == "deltadq"]
+    assert {(e.alpha, e.bits, e.group, e.mask_rows) for e in entries} == {(8, 2, 8, 16)}
+    result = run("compress", base, fine, tmp_path / "auto", "--codec", "auto", "--bits", 0.8, "--no-distill")
+    assert result.exit_code == 0, result.output
+    config = open_delta(tmp_path / "auto").config
+    assert config.provenance["options"]["bits"] == 0.8
+    assert {e.codec for e in config.tensors.values()} == {"dense", "spectral"}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--codec", "deltadq", "--ratio", 100), "ratio"),
+        (("--codec", "deltadq", "--bits", 2), "bits"),
+        (("--codec", "deltadq", "--distill"), "distill"),
+        (("--codec", "deltadq", "--max-bytes", 9), "max_bytes"),
+        (("--ratio", 64), "ratio"),
+        (("--max-bytes", 9), "max_bytes"),
+        (("--bits", 1.5), "bits"),
+        (("--codec", "auto"), "one of bits"),
+        (("--codec", "auto", "--bits", 1, "--scale", "row"), "scale_layout"),
+        (("--codec", "auto", "--bits", 1, "--ratio", 64), "ratio"),
+        (("--codec", "auto", "--bits", 1, "--no-distill", "--distill-steps", 3), "steps"),
+    ],
+)
+def test_flags_of_other_codecs_are_refused(base: Path, fine: Path, tmp_path: Path, words: tuple, named: str) -> None:
+    assert isinstance(error := refusal("compress", base, fine, tmp_path / "d", *words), InvalidRequest)
+    assert named in str(error)
