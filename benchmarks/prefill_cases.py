@@ -10,7 +10,7 @@ from kernel_worlds import Parts, Rows, bulk, rows_of, targets_of
 from linear_cases import LIMIT, weights_of
 from synthetic import Shape
 
-from kernels.delta_linear import wide
+from kernels.delta_linear import gluon_product, wide
 from kernels.device import DeviceDeltas, Kinds, Target
 from kernels.paged_attention import device as paged
 
@@ -18,6 +18,8 @@ PREFILLS = ((128, 1), (512, 1), (2048, 1), (512, 16), (2048, 16))
 """(rows, variants)"""
 CONTEXTS = (512, 1024, 4096)
 BLOCK = 16
+SLICE = 2**24
+"""Bytes of W + D at a time"""
 BF16_LIMIT = 1.2e-2
 """Of merged weights and 16-bit outputs."""
 
@@ -44,26 +46,34 @@ def _time_prefill(session: Any, case: dict, target: Target, weights: list, made:
     workspace = torch.empty(wide.workspace_bytes(target, count, kinds, dtype), dtype=torch.uint8, device=device)
     out_TN = torch.empty(count, target.outputs, dtype=dtype, device=device)
 
-    def call(weight: torch.Tensor, impl: wide.Impl | None) -> None:
-        wide.prefill_linear(
-            x_TK, weight, target, made.deltas, tiles, rows.segments, kinds, out_TN, workspace, impl=impl
-        )
+    def call(weight: torch.Tensor, way: wide.Way | None) -> None:
+        wide.prefill_linear(x_TK, weight, target, made.deltas, tiles, rows.segments, kinds, out_TN, workspace, way=way)
 
     entry, start, stop = rows.segments[0]
     expected = x_TK[start:stop].double() @ (weights[0].double() + made.matrix(entry)).T
     base = gpu_timing.graph_us([lambda w=w: torch.mm(x_TK, w.T, out=out_TN) for w in weights])
     operations = 2 * count * target.outputs * target.inputs
-    impls: tuple[wide.Impl | None, ...] = (None, "fused", "merge", "split")
-    for impl in impls:
+    for name, way in _ways(target, gluon_product.supports(x_TK, weights[0], target, kinds)).items():
         out_TN.fill_(float("nan"))
-        call(weights[0], impl)
+        call(weights[0], way)
         error = gpu_timing.relative_error(out_TN[start:stop], expected)
-        label = {**case, "impl": impl or "chosen"}
+        label = {**case, "impl": name}
         if session.report.check(str(label), error, BF16_LIMIT):
-            us = gpu_timing.graph_us([lambda w=w, i=impl: call(w, i) for w in weights])
+            us = gpu_timing.graph_us([lambda w=w, way=way: call(w, way) for w in weights])
             nbytes = weights[0].nbytes + len(rows.segments) * made.bytes_per_entry
             label |= {"tflops": round(operations / us / 1e6, 1), "of_base": round(us / base, 3)}
             session.report.row(label, us, nbytes=nbytes, peers_us={"cublas base": base})
+
+
+def _ways(target: Target, specialised: bool) -> dict[str, wide.Way | None]:
+    """What is chosen, and every other way by itself."""
+    whole = target.outputs * target.inputs * 2
+    found: dict[str, wide.Way | None] = {"chosen": None, "merge": wide.Way("merge", slice_bytes=whole)}
+    for overlap in (False, True):
+        name = f"merge, slices{', overlapped' if overlap else ''}"
+        found[name] = wide.Way("merge", slice_bytes=SLICE, overlap=overlap)
+    found |= {"fused": wide.Way("fused"), "split": wide.Way("split")}
+    return found | ({"specialised": wide.Way("specialised")} if specialised else {})
 
 
 def attention(session: Any, name: str, shape: Shape) -> None:
