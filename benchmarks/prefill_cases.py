@@ -69,7 +69,7 @@ def _ways(target: Target, specialised: bool) -> dict[str, wide.Way | None]:
     """What is chosen, and every other way by itself."""
     whole = target.outputs * target.inputs * 2
     found: dict[str, wide.Way | None] = {"chosen": None, "merge": wide.Way("merge", slice_bytes=whole)}
-    for overlap in (False, True):
+    for overlap in (False, True) if gpu_timing.device().type == "cuda" else (False,):
         name = f"merge, slices{', overlapped' if overlap else ''}"
         found[name] = wide.Way("merge", slice_bytes=SLICE, overlap=overlap)
     found |= {"fused": wide.Way("fused"), "split": wide.Way("split")}
