@@ -112,14 +112,14 @@ class DeviceSampler:
         """What the lines of one pass want."""
         found = GREEDY
         for _, piece in _sampling_rows(pieces):
-            if not _is_apart(piece.task):
+            if not piece.apart:
                 found |= piece.task.state.values.wants
         return found
 
     def write_lines(self, sampling_LF: np.ndarray, pieces: Sequence[Piece]) -> None:
         """Of one pass."""
         for row, piece in _sampling_rows(pieces):
-            if not _is_apart(piece.task):
+            if not piece.apart:
                 sampling_LF[row] = self._line(piece.task)
 
     def decode_region(self, rows: int) -> Sampled:
@@ -144,7 +144,7 @@ class DeviceSampler:
 
     def sample_apart(self, pieces: Sequence[Piece], logits_LV: torch.Tensor) -> None:
         """Behind a pass: the rows that it left alone."""
-        picked = [(row, piece) for row, piece in _sampling_rows(pieces) if _is_apart(piece.task)]
+        picked = [(row, piece) for row, piece in _sampling_rows(pieces) if piece.apart]
         if not picked:
             return
         apart = [piece for _, piece in picked]
@@ -230,8 +230,3 @@ def _sampling_rows(pieces: Sequence[Piece]) -> list[tuple[int, Piece]]:
         if piece.samples:
             found.append((at - 1, piece))
     return found
-
-
-def _is_apart(task: Task) -> bool:
-    params, generated = task.state.params, task.work.stop - task.work.seq.prompt_len
-    return bool(params.logit_bias) or generated < params.min_tokens or bool(params.logprobs)

@@ -29,6 +29,10 @@ class Piece:
     stop: int
     logits: int
     """How many of its last rows have logits"""
+    samples: bool
+    """Whether a new token follows it"""
+    apart: bool
+    """Whether that token is sampled apart: see `DeviceSampler`"""
 
     @property
     def entry(self) -> int:
@@ -38,10 +42,6 @@ class Piece:
     @property
     def rows(self) -> int:
         return self.stop - self.start
-
-    @property
-    def samples(self) -> bool:
-        return self.task.work.samples and self.stop == self.task.work.stop
 
     @property
     def unseen(self) -> bool:
@@ -55,7 +55,7 @@ def cut(tasks: Sequence[Task]) -> tuple[list[Piece], list[list[Piece]]]:
     for i, task in enumerate(tasks):
         w = task.work
         if w.rows == 1 and not w.prompt_logprobs:
-            narrow.append(Piece(i, task, w.start, w.stop, 1))
+            narrow.append(_piece(i, task, w.start, w.stop, 1))
             continue
         for piece in _chunks(i, task):
             if not wide or piece.logits > room:
@@ -69,9 +69,20 @@ def cut(tasks: Sequence[Task]) -> tuple[list[Piece], list[list[Piece]]]:
 def _chunks(index: int, task: Task) -> list[Piece]:
     w = task.work
     if not w.prompt_logprobs:
-        return [Piece(index, task, w.start, w.stop, int(w.samples))]
+        return [_piece(index, task, w.start, w.stop, int(w.samples))]
     starts = range(w.start, w.stop, MAX_ROWS)
-    return [Piece(index, task, a, b, b - a) for a in starts for b in [min(a + MAX_ROWS, w.stop)]]
+    return [_piece(index, task, a, b, b - a) for a in starts for b in [min(a + MAX_ROWS, w.stop)]]
+
+
+def _piece(index: int, task: Task, start: int, stop: int, logits: int) -> Piece:
+    samples = task.work.samples and stop == task.work.stop
+    return Piece(index, task, start, stop, logits, samples, samples and _is_apart(task))
+
+
+def _is_apart(task: Task) -> bool:
+    """The device's table has no column for a bias, tokens that are excluded, or alternatives."""
+    params, generated = task.state.params, task.work.stop - task.work.seq.prompt_len
+    return bool(params.logit_bias or params.logprobs or generated < params.min_tokens)
 
 
 Spans = list[tuple[int, int, int]]

@@ -242,6 +242,7 @@ class World:
         self.source = FakeSource(delta_bytes)
         self.woken = threading.Event()
         self.tables: Any = None
+        self.runner: Any
         accelerator = accelerator or Plain(torch.device("cpu"))
         if (runner or RUNNER) == "device":
             from tests.unit.engine_device_fakes import device_runner
@@ -307,6 +308,8 @@ class World:
     def step(self) -> bool:
         busy = self.core.step()
         self.core.check_integrity()
+        if self.tables is not None:
+            self.runner.check_integrity()
         return busy
 
     def finished(self, name: str) -> bool:

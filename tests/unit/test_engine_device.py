@@ -1,0 +1,83 @@
+"""The device runner over a fake decoder: what is its own beside what every runner does (`test_engine_core.py`)."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitdelta_core.engine.device_runner import DeviceRunner
+from tests.unit.engine_fakes import World, answer
+
+A, B = ("0a", "0b")
+PROMPT = (3, 1, 4, 1, 5, 9, 2, 6, 5)
+
+
+def test_prompt_logprobs_of_more_rows_than_a_pass_gives_logits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitdelta_core.engine.pieces.MAX_ROWS", 2)
+    found = []
+    for runner in ("torch", "device"):
+        world = World(runner=runner)
+        for i, delta in enumerate((A, None, B)):
+            world.ask(f"r{i}", PROMPT[i:], delta=delta, prompt_logprobs=1, max_tokens=3)
+        world.run()
+        found.append([world.events[f"r{i}"][0].prompt_logprobs for i in range(3)])
+        assert [world.tokens(f"r{i}") for i in range(3)] == [
+            answer(d, PROMPT[i:], 3) for i, d in enumerate((A, None, B))
+        ]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert [p and p.chosen.token_id for p in ours] == [p and p.chosen.token_id for p in theirs]
+        pairs = [(a.chosen, b.chosen) for a, b in zip(ours, theirs, strict=True) if a and b]
+        assert len(pairs) == len(ours) - 1
+        assert all(a.logprob == pytest.approx(b.logprob) and a.rank == b.rank for a, b in pairs)
+
+
+def test_counts_of_penalties_go_from_sequence_to_sequence() -> None:
+    """Twice as many penalised requests as rows of counts, some preempted, some aborted."""
+    found = []
+    for runner in ("torch", "device"):
+        world = World(runner=runner, max_num_seqs=3, blocks=9)
+        for i in range(8):
+            world.ask(
+                f"r{i}", PROMPT[: 1 + i], delta=(A, None)[i % 2], max_tokens=9, repetition_penalty=1.9, temperature=1.0
+            )
+            if i % 3 == 2:
+                world.step()
+                world.core.abort(f"r{i}")
+        names = [f"r{i}" for i in range(8) if i % 3 != 2]
+        world.run(*names)
+        assert world.core.stats().preemptions_total > 0, "the case is not tested"
+        found.append([world.tokens(name) for name in names])
+    assert found[0] == found[1]
+
+
+def test_a_new_kind_of_delta_is_captured_on_padding() -> None:
+    """A capture launches a step several times: nothing of a running sequence may be counted or overwritten by that."""
+    world = World(runner="device")
+    assert isinstance(world.runner, DeviceRunner)
+    before = world.runner.graphs.captured
+    world.ask("base", PROMPT, max_tokens=12, repetition_penalty=1.5)
+    for _ in range(4):
+        world.step()
+    world.ask("new", PROMPT, delta=A, max_tokens=5)
+    world.run()
+    assert world.runner.graphs.captured > before, "the case is not tested"
+    alone = World(runner="torch")
+    alone.ask("base", PROMPT, max_tokens=12, repetition_penalty=1.5)
+    alone.run()
+    assert world.tokens("base") == alone.tokens("base")
+    assert world.tokens("new") == answer(A, PROMPT, 5)
+
+
+def test_a_step_is_launched_before_the_last_one_is_over() -> None:
+    world = World(runner="device")
+    world.ask("r", PROMPT, max_tokens=4)
+    world.step()
+    [launched] = world.core._launched
+    assert not launched.pending.ready()
+    assert world.tokens("r") == []
+    world.step()
+    assert world.tokens("r") == answer(None, PROMPT, 1)
+    assert len(world.core._launched) == 1
+    world.run()
+    assert world.tokens("r") == answer(None, PROMPT, 4)
