@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from bitdelta_core.delta import deltadq
+from bitdelta_core.delta import deltadq, spectral
 from bitdelta_core.delta.quant import unpack
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
@@ -84,6 +84,8 @@ def _form(entry: TensorEntry, columns: bool) -> Literal["planes", "low rank", "d
             return "planes" if entry.rows else "rows"
         case "deltadq":
             return "dense" if columns else "planes"
+        case "spectral":
+            return "low rank" if _is_low_rank(entry) else "dense"
         case "lora":
             return "low rank"
         case "dense":
@@ -94,11 +96,21 @@ def _form(entry: TensorEntry, columns: bool) -> Literal["planes", "low rank", "d
             raise DeltaFormatError(f"{entry.name}: codec {entry.codec} has no form on a GPU")
 
 
+def _is_low_rank(entry: TensorEntry) -> bool:
+    """spectral: whether its factors take fewer bytes than their product, and kernels take their rank."""
+    rank = _padded_rank(entry)
+    return rank <= MAX_RANK and rank * (entry.rows + entry.shape[1]) < entry.rows * entry.shape[1]
+
+
+def _padded_rank(entry: TensorEntry) -> int:
+    return -(-entry.rank // RANK_STEP) * RANK_STEP
+
+
 def _whole_rows(entry: TensorEntry) -> int:
     match entry.codec:
         case "rows":
             return entry.rows
-        case "quant":
+        case "quant" | "spectral":
             return entry.shape[0] - entry.rows
         case _:
             return 0
@@ -190,7 +202,7 @@ class Signs:
 
 def _coded_rows(entry: TensorEntry) -> int:
     """That are stored as differences, from the first on."""
-    return entry.rows if entry.codec == "quant" else entry.shape[0]
+    return entry.rows if entry.codec in ("quant", "spectral") else entry.shape[0]
 
 
 def _fill_signs(reader: Reader, entry: TensorEntry, sign_PHBLc: torch.Tensor, scale_PN: torch.Tensor) -> None:
@@ -245,7 +257,7 @@ class LowRank:
 
     @classmethod
     def plan(cls, target: Target, outputs: int, members: Sequence[Member], dtype: torch.dtype, take: Take) -> LowRank:
-        rank = -(-max(member.entry.rank for member in members) // RANK_STEP) * RANK_STEP
+        rank = max(_padded_rank(member.entry) for member in members)
         a = take((len(target.members), rank, target.inputs), dtype)
         return cls(target, tuple(members), rank, a, take((outputs, rank), dtype))
 
@@ -260,13 +272,28 @@ class LowRank:
     def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
         a_mrK, b_Nr = self.a.view(buffer).zero_(), self.b.view(buffer).zero_()
         for member in self.members:
-            entry, start, rows = member.entry, member.place.start, member.place.rows
+            entry, start = member.entry, member.place.start
+            values_a, values_b, part_a, part_b = _factors(reader, entry)
             own_a = a_mrK[self.target.members.index(start), : entry.rank]
-            own_b = b_Nr[start : start + rows, : entry.rank]
-            own_a.copy_(reader.part(entry, "lora_A"))
-            check_finite(own_a, entry, "lora_A")
-            own_b.copy_(reader.part(entry, "lora_B").float() * entry.scaling)
-            check_finite(own_b, entry, "lora_B")
+            own_b = b_Nr[start : start + values_b.shape[0], : entry.rank]
+            own_a.copy_(values_a)
+            check_finite(own_a, entry, part_a)
+            own_b.copy_(values_b)
+            check_finite(own_b, entry, part_b)
+
+
+def _factors(reader: Reader, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor, str, str]:
+    """A, B with everything that scales them, and the parts to blame for them."""
+    if entry.codec == "lora":
+        scaled_Nr = reader.part(entry, "lora_B").float() * entry.scaling
+        return reader.part(entry, "lora_A"), scaled_Nr, "lora_A", "lora_B"
+    a_rK, b_Nr, scale_r = _spectral_factors(reader, entry)
+    split_r = 2.0 ** (scale_r.log2() / 2).floor()  # a power of two: A keeps its integers exactly, in any dtype
+    return a_rK.float() * split_r[:, None], b_Nr.float() * (scale_r / split_r), "scale", "scale"
+
+
+def _spectral_factors(reader: Reader, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return spectral.factors(entry, {part: reader.part(entry, part) for part in entry.parts() if part != "extra"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,17 +313,21 @@ class Dense:
 
     def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
         weight_NK = self.weight.view(buffer)
-        if sum(m.place.rows for m in self.members) < weight_NK.shape[0]:
+        if sum(_coded_rows(member.entry) for member in self.members) < weight_NK.shape[0]:
             weight_NK.zero_()
         for member in self.members:
             entry, start = member.entry, member.place.start
-            own = weight_NK[start : start + entry.shape[0]]
-            own.copy_(_difference(reader, entry, base))
+            difference_NK = _difference(reader, entry, base)
+            own = weight_NK[start : start + difference_NK.shape[0]]
+            own.copy_(difference_NK)
             check_finite(own, entry, "value" if entry.codec == "dense" else "scale")
 
 
 def _difference(reader: Reader, entry: TensorEntry, base: BaseWeight) -> torch.Tensor:
     """float32 [N, K]"""
+    if entry.codec == "spectral":
+        a_rK, b_Nr, scale_r = _spectral_factors(reader, entry)
+        return (b_Nr.float() * scale_r) @ a_rK.float()
     if entry.codec == "deltadq":
         return deltadq.expand(entry, reader.part(entry, "code")) * _half_scales(reader, entry)[:, None]
     value_NK, base_NK = reader.part(entry, "value").to(torch.float32, copy=True), base(entry.name)
