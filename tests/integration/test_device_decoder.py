@@ -102,6 +102,7 @@ def test_binary_tensor_core(variants: Variants, monkeypatch: pytest.MonkeyPatch)
         variants.check(sequences, DeviceStepper(variants.rig).run(sequences, (1,)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_cleared_slot_gives_no_answer(variants: Variants) -> None:
     """Not the base's, nor that of who was there before."""
     rig, slot = variants.rig, ALL.index("bitdelta-row") - 1
