@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,8 +67,8 @@ class Backend(Protocol):
         """What the runner wants of a variant whose bytes are in `extent`."""
         ...
 
-    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int) -> Parts:
-        """Take the memory."""
+    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any]) -> Parts:
+        """Take the memory, and prepare for variants that are like the `expected` layouts."""
         ...
 
 
@@ -95,7 +96,7 @@ class TorchBackend:
     def weights(self, layout: Any, extent: torch.Tensor) -> Any:
         return layout.view(extent)
 
-    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int) -> Parts:
+    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any]) -> Parts:
         kv = self._decoder.new_kv_cache(memory.num_kv_blocks, memory.block_size)
         runner = TorchRunner(self._decoder, kv, block_size=memory.block_size, device=memory.device)
         slab = Slab(memory.slab_bytes, memory.device, max_extents=memory.slots)

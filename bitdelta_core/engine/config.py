@@ -39,6 +39,9 @@ class EngineConfig:
     cuda_graph_sizes: tuple[int, ...] | None = None
     """Numbers of decoding sequences for which steps are captured; others are padded to the next. None: 1, 2, 4, 8, 16,
     24, 32, 48, 64 and so on up to max_num_seqs."""
+    cuda_graph_deltas: tuple[str, ...] = ()
+    """Directories of deltas. Steps for variants that are like them are captured at the start, as those of the base are;
+    for other kinds of variants when a step first needs it."""
     async_scheduling: bool = True
     """On a GPU: launch the next step while one runs. What ends a choice is then seen one step late."""
     gpu_memory_utilization: float = 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,7 +66,7 @@ class DeviceBackend:
             block_bytes=kv_bytes_per_block(self._model, config.block_size, self._dtype),
             base_bytes=weight_bytes(self._weights),
             work_bytes=work + runner.nbytes,
-            graph_bytes=_graph_reserve(runner.graphs.sizes, config),
+            graph_bytes=_graph_reserve(len(runner.graphs.sizes), config),
         )
 
     def layout(self, delta: DeltaConfig) -> Layout:
@@ -75,7 +76,7 @@ class DeviceBackend:
         """The layout itself: kernels find the bytes through the tables."""
         return layout
 
-    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int) -> Parts:
+    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any]) -> Parts:
         vectors_V, accelerator = self._weights.vectors_V, self._accelerator
         reserved = DeltaTables.base_bytes(vectors_V)
         slab = Slab(memory.slab_bytes, memory.device, reserved=reserved, max_extents=memory.slots)
@@ -88,7 +89,7 @@ class DeviceBackend:
         runner = DeviceRunner(decoder, kv, accelerator, limits, sizes=config.graph_sizes, depth=depth)
         accelerator.synchronize()  # what was written so far was not written in the order of steps
         free = accelerator.free_bytes()
-        runner.warm_up()
+        runner.warm_up([layout.kinds for layout in expected])
         measured = max(0, free - accelerator.free_bytes())
         if measured > memory.fixed.graph_bytes:
             log.warning(
@@ -114,6 +115,7 @@ class DeviceBackend:
         )
 
 
-def _graph_reserve(sizes: tuple[int, ...], config: EngineConfig) -> int:
-    """For the base and two more families, greedy and not."""
-    return GRAPHS_RESERVE + (0 if config.enforce_eager else GRAPH_RESERVE * 2 * 3 * len(sizes))
+def _graph_reserve(sizes: int, config: EngineConfig) -> int:
+    """For the base, what is expected, and two families that are not; each greedy and not."""
+    families = 3 + len(config.cuda_graph_deltas)
+    return GRAPHS_RESERVE + (0 if config.enforce_eager else GRAPH_RESERVE * 2 * families * sizes)

@@ -146,13 +146,14 @@ class DeviceRunner:
         return False
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """The largest wide pass, then the graphs of the bare base. All rows are padding, which nobody reads."""
+    def warm_up(self, kinds: Sequence[StepKinds] = ()) -> None:
+        """The largest wide pass, then the graphs of the bare base and of variants with these kinds of deltas. All rows
+        are padding, which nobody reads."""
         with self._accelerator.in_steps():
             self._warm_up_wide()
             for buffers in self._narrow.values():
                 self._pad(buffers)
-            self.graphs.capture_base()
+            self.graphs.capture_all(kinds)
 
     def _warm_up_wide(self) -> None:
         """One sequence, all of whose blocks are block 0, and one row with logits."""

@@ -82,11 +82,13 @@ class DecodeGraphs(Generic[Output]):
         seconds = time.monotonic() - began
         log.info("captured a step of %d rows in %.2f s: %s, %s", shape.rows, seconds, shape.kinds, shape.wants)
 
-    def capture_base(self) -> None:
-        """All sizes of the bare base, the largest first: the others find their memory in its pool."""
+    def capture_all(self, kinds: Sequence[StepKinds]) -> None:
+        """All sizes, of the bare base and of these; the largest first: the others find their memory in its pool."""
+        families = dict.fromkeys(self._family(k) for k in (BASE, *kinds))
         for rows in sorted(self._captured_sizes, reverse=True):
-            for wants in SAMPLING[:2]:
-                self.capture(Shape(rows, BASE, wants))
+            for family in families:
+                for wants in SAMPLING[:2]:
+                    self.capture(Shape(rows, family, wants))
 
     def launch(self, shape: Shape) -> Output:
         """What `shape_for` gave."""

@@ -52,10 +52,14 @@ class LoadedBase:
     def open(self, delta: str) -> OpenedVariant:
         """Fetch, validate and plan one delta. Blocks; runs in a loader thread."""
         with self.files.held(delta) as path:
-            reader = open_delta(path, expected_base_sha256=self.sha256, base_shapes=self.shapes)
+            reader = self.read(path)
             reader.map_files()
         layout = self.backend.layout(reader.config)
         return OpenedVariant(reader, layout, self, _variant(layout.config, self.vocabularies, delta))
+
+    def read(self, path: Path) -> DeltaReader:
+        """A delta of this base; its header is valid."""
+        return open_delta(path, expected_base_sha256=self.sha256, base_shapes=self.shapes)
 
     def _backend(self, on_device: bool, why: str) -> Backend:
         if not on_device:
@@ -84,7 +88,8 @@ class OpenedVariant:
 
 def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None]) -> EngineCore:
     """Take the memory and wire the parts."""
-    parts = base.backend.build(config, base.memory, base.max_model_len)
+    expected = [base.backend.layout(base.read(Path(path)).config) for path in config.cuda_graph_deltas]
+    parts = base.backend.build(config, base.memory, base.max_model_len, expected)
     base.memory = memory = parts.memory
     blocks = BlockManager(memory.num_kv_blocks, memory.block_size, prefix_caching=config.enable_prefix_caching)
     return EngineCore(

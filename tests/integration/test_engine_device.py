@@ -32,7 +32,8 @@ def test_same_answers_as_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, repetition_penalty=1.3, logprobs=1)
     answers = []
     for decoder in ("torch", "device"):
-        with Engine(zoo.base, config(decoder)) as engine:
+        given = {"cuda_graph_deltas": (str(zoo.deltas["lora"]),)}
+        with Engine(zoo.base, config(decoder, **given)) as engine:
             assert (decoder == "device") == ("device kernels" in engine.memory.table())
             deltas = [None if kind is None else engine.add_delta(zoo.deltas[kind]) for kind in KINDS]
             answers.append(engine.generate(prompts, params, delta=deltas))

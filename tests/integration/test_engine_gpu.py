@@ -127,9 +127,11 @@ def test_variants_come_and_go_under_load(zoo: Zoo) -> None:
     with Engine(zoo.base, config()) as engine:
         answer(engine, zoo, requests("distinct"), GREEDY)
         room = engine.stats().slab_bytes_used
+    expected = tuple(str(zoo.deltas[kind]) for kind in ("bitdelta-row", "lora"))
     asked = requests("distinct", 120)
     random.Random(1).shuffle(asked)
     given = {"slab_bytes": room // 3, "max_resident_variants": 4, "slab_patience_s": 0.0, "host_cache_bytes": 16 << 20}
+    given["cuda_graph_deltas"] = expected
     with Engine(zoo.base, config(**given)) as engine:
         got = answer(engine, zoo, asked, GREEDY)
         stats = engine.stats()
@@ -253,7 +255,7 @@ def test_a_capture_is_launched_again_with_what_is_there(cuda: Cuda) -> None:
         return torch.add(x, 1, out=y)
 
     made: DecodeGraphs[torch.Tensor] = DecodeGraphs(cuda, lambda shape: launch(), max_rows=2, sizes=(2,))
-    made.capture_base()
+    made.capture_all([])
     replay = cuda.capture(launch)
     with cuda.in_steps():
         x.fill_(5)

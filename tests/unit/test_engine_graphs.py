@@ -40,7 +40,7 @@ def test_what_is_not_to_be_captured_is_launched() -> None:
 
 def test_each_shape_is_captured_once() -> None:
     made, accelerator = graphs()
-    made.capture_base()
+    made.capture_all([])
     before = accelerator.captures
     assert before == 4 * 2 == made.captured
     for rows in (3, 4):
@@ -49,6 +49,13 @@ def test_each_shape_is_captured_once() -> None:
             made.capture(shape)
         assert made.launch(shape) == shape
     assert accelerator.captures == before + 1
+
+
+def test_what_is_expected_is_captured_at_the_start() -> None:
+    made, accelerator = graphs()
+    made.capture_all([SIGNS, SIGNS, BASE])
+    assert accelerator.captures == 4 * 2 * 2
+    assert not made.is_missing(made.shape_for(3, SIGNS, GREEDY))
 
 
 def test_a_family_covers_what_it_was_made_for_and_less() -> None:
