@@ -134,7 +134,9 @@ class DeviceDecoder:
         count, wanted = step.rows.tokens_T.shape[0], step.rows.logit_rows_L.shape[0]
         assert wanted <= MAX_ROWS, f"logits of {wanted} rows, at most {MAX_ROWS} in a step"
         buffers = self._activations(WorkArena(self.work), count, wanted, kinds, wide_step=True)
-        made = WidePass(step=step, buffers=buffers, deltas=self.tables.deltas, kinds=kinds)
+        assert self._workspace is not None, "reserve comes first"
+        deltas, workspace = self.tables.deltas, self._workspace
+        made = WidePass(step=step, buffers=buffers, deltas=deltas, kinds=kinds, workspace=workspace)
         self._forward(made, sampled_S, kv)
         if wanted:
             self._head(made, step.rows.logit_rows_L)

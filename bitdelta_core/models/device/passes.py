@@ -109,6 +109,7 @@ class WidePass:
     buffers: Activations
     deltas: DeviceDeltas
     kinds: StepKinds
+    workspace: attention.Workspace
 
     @property
     def rows(self) -> StepRows:
@@ -138,4 +139,5 @@ class WidePass:
             window,
             buffers.attended_TC,
             self.step.max_query,
+            workspace=self.workspace,
         )
