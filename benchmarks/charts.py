@@ -22,6 +22,8 @@ class Series:
     name: str
     points: Sequence[Point]
     dash: int = 0
+    worst: Sequence[float] = ()
+    """Of each point, where it is a mean: how low a bar reaches from it"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Chart:
 
     def svg(self) -> str:
         points = [p for s in self.series for p in s.points]
+        points += [(x, low) for s in self.series for (x, _), low in zip(s.points, s.worst, strict=bool(s.worst))]
         assert points, f"{self.title}: nothing to draw"
         to_x, x_ticks = _axis([p[0] for p in points], self.log_x, LEFT, WIDTH - RIGHT)
         to_y, y_ticks = _axis([p[1] for p in points], self.log_y, HEIGHT - BOTTOM, TOP)
@@ -107,7 +110,11 @@ def _line(series: Series, color: str, to_x: Callable[[float], float], to_y: Call
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     dash = f' stroke-dasharray="{DASHES[series.dash]}"' if series.dash else ""
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in at if not series.dash)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>{dots}'
+    bars = "".join(
+        f'<path d="M{to_x(x):.1f} {to_y(y):.1f}V{to_y(low):.1f}" stroke="{color}" stroke-width="3" opacity="0.3"/>'
+        for (x, y), low in zip(series.points, series.worst, strict=bool(series.worst))
+    )
+    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>{dots}{bars}'
 
 
 def _legend(series: Series, i: int) -> str:

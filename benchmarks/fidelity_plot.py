@@ -6,19 +6,16 @@ byte of the linears' parts. The fine-tunes are those that every point of `auto` 
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from charts import Chart, Series
 from fidelity_table import RESULTS, latest
 
-OUT = RESULTS.parents[2] / "docs" / "fidelity.svg"
-COLOURS = ("#0b6e4f", "#c1440e", "#2a5ea8", "#8a5a9e", "#7a7a7a", "#b8860b")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 60, 200, 20, 50
-TICKS = (0.0625, 0.125, 0.25, 0.5, 1, 2, 4)
+OUT = RESULTS.parents[2] / "docs" / "figures" / "fidelity.svg"
 Curve = list[tuple[float, float, float]]
 """(bits per weight, mean gain, worst gain)"""
 
@@ -54,44 +51,18 @@ def curves(results: str) -> dict[str, Curve]:
     return {name: sorted(points) for name, points in sorted(found.items())}
 
 
-def draw(found: Mapping[str, Curve]) -> str:
-    low, high = math.log2(TICKS[0]), math.log2(TICKS[-1])
-
-    def x(bits: float) -> float:
-        return LEFT + (math.log2(bits) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
-
-    def y(gain: float) -> float:
-        return TOP + (1 - max(0.0, gain)) / 1.05 * (HEIGHT - TOP - BOTTOM) + 8
-
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">']
-    lines += [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>']
-    lines += list(_axes(x, y))
-    for (name, points), colour, place in zip(found.items(), COLOURS, range(len(COLOURS)), strict=False):
-        path = " ".join(f"{x(bits):.1f},{y(mean):.1f}" for bits, mean, _ in points)
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for bits, mean, worst in points:
-            lines.append(f'<path d="M{x(bits):.1f} {y(mean):.1f}V{y(worst):.1f}" stroke="{colour}" opacity=".4"/>')
-            lines.append(f'<circle cx="{x(bits):.1f}" cy="{y(mean):.1f}" r="3.5" fill="{colour}"/>')
-        at = TOP + 14 + 20 * place
-        lines.append(f'<text x="{WIDTH - RIGHT + 18}" y="{at}" font-size="13" fill="{colour}">{name}</text>')
-    return "\n".join([*lines, "</svg>\n"])
-
-
-def _axes(x: Any, y: Any) -> Iterator[str]:
-    for gain in (0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        yield f'<path d="M{LEFT} {y(gain):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>'
-        yield f'<text x="{LEFT - 8}" y="{y(gain) + 4:.1f}" font-size="12" text-anchor="end">{gain:g}</text>'
-    for bits in TICKS:
-        yield f'<text x="{x(bits):.1f}" y="{HEIGHT - BOTTOM + 28}" font-size="12" text-anchor="middle">{bits:g}</text>'
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    label = "bits per weight of the linears"
-    yield f'<text x="{middle}" y="{HEIGHT - 6}" font-size="13" text-anchor="middle">{label}</text>'
-    yield f'<text x="14" y="{HEIGHT / 2}" font-size="13" transform="rotate(-90 14 {HEIGHT / 2})">gain kept</text>'
+def chart(found: Mapping[str, Curve]) -> Chart:
+    """Means as lines, the worst fine-tune as bars."""
+    lines = [
+        Series(name, [(bits, mean) for bits, mean, _ in points], worst=[low for _, _, low in points])
+        for name, points in found.items()
+    ]
+    return Chart("Gain kept", "bits per weight of the linears", "gain kept, mean and worst", lines, log_x=True)
 
 
 def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    (Path(sys.argv[2]) if len(sys.argv) > 2 else OUT).write_text(draw(curves(results.read_text())))
+    chart(curves(results.read_text())).write(Path(sys.argv[2]) if len(sys.argv) > 2 else OUT)
 
 
 if __name__ == "__main__":
