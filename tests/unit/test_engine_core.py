@@ -115,6 +115,9 @@ def test_a_seeded_request_gives_the_same_alone_and_in_company() -> None:
     alone.ask("r", PROMPT, delta=A, temperature=1.7, seed=5, max_tokens=12)
     alone.run()
     company = World(blocks=12, max_num_batched_tokens=9)
+    for delta in (A, B):  # resident first: who is preempted must not depend on how fast loader threads are
+        company.ask(f"first {delta}", [1], delta=delta, max_tokens=1)
+        company.run()
     for i in range(6):
         company.ask(f"x{i}", PROMPT[i:], delta=[None, A, B][i % 3], temperature=1.0, seed=i, max_tokens=9)
     company.ask("r", PROMPT, delta=A, temperature=1.7, seed=5, max_tokens=12)
