@@ -16,7 +16,7 @@ test: .venv/dev  ## all tests
 
 test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/dev)  ## kernels, decoder and engine on this machine's GPU
 	$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-	$(GPU_PYTHON) -m pytest tests/kernels $(wildcard tests/integration/test_device_*.py tests/integration/test_engine_gpu.py)
+	$(GPU_PYTHON) -m pytest tests/kernels tests/engine
 
 lint: .venv/dev  ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

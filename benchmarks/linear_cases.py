@@ -88,7 +88,6 @@ class LinearRun:
                 weight,
                 self.case.target,
                 self.bulk.deltas,
-                batch.entry_T,
                 batch.segments_G4,
                 self.case.kinds,
                 out,

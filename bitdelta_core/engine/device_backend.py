@@ -22,6 +22,7 @@ from bitdelta_core.models.device.decoder import DeviceDecoder
 from bitdelta_core.models.device.layout import DeviceLayout, widest_vocabulary
 from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.weights import Weights
+from kernels.delta_linear.self_check import self_check
 
 log = logging.getLogger(__name__)
 _NO_DECODER: Any = None
@@ -82,6 +83,7 @@ class DeviceBackend:
         slab = Slab(memory.slab_bytes, memory.device, reserved=reserved, max_extents=memory.slots)
         decoder = self._decoder(slab, memory.slots)
         kv = decoder.new_kv_cache(memory.num_kv_blocks, memory.block_size)
+        checked = _check_products(memory.device)
         kv.blocks_LB2GSD[:, 0].zero_()  # nobody's, but padding is computed with it
         decoder.reserve(config.max_num_seqs, config.max_num_batched_tokens)
         limits = self._limits(config, max_model_len)
@@ -98,7 +100,8 @@ class DeviceBackend:
                 *(n / 1e9 for n in (measured, memory.fixed.graph_bytes)),
             )
         fixed = replace(memory.fixed, graph_bytes=measured)
-        return Parts(runner, slab, OrderedTables(decoder.tables, accelerator), replace(memory, fixed=fixed))
+        planned = replace(memory, fixed=fixed, decoder=f"{memory.decoder}; {checked}" if checked else memory.decoder)
+        return Parts(runner, slab, OrderedTables(decoder.tables, accelerator), planned)
 
     def _decoder(self, slab: Slab, slots: int) -> DeviceDecoder:
         """The base's vectors lie in the slab's reserved bytes."""
@@ -113,6 +116,15 @@ class DeviceBackend:
             block_size=config.block_size,
             vocab=widest_vocabulary(self._model),
         )
+
+
+def _check_products(device: torch.device) -> str:
+    """How signs are multiplied here, for the memory table; empty off CUDA. A slow way is said aloud."""
+    if device.type != "cuda":
+        return ""
+    checked = self_check(device)
+    log.log(logging.INFO if checked.ok else logging.WARNING, "%s", checked.reason)
+    return checked.reason
 
 
 def _graph_reserve(sizes: int, config: EngineConfig) -> int:

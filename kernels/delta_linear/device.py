@@ -54,7 +54,6 @@ def delta_linear(
     weight_NK: torch.Tensor,
     target: Target,
     deltas: DeviceDeltas,
-    entry_T: torch.Tensor,
     segments_G4: torch.Tensor,
     kinds: Kinds,
     out: Partials,
@@ -88,14 +87,13 @@ def delta_linear(
             elif kinds.signs:
                 _unpack(x_TK, target, deltas, segments_G4, kinds, out)
     if has_deltas(kinds):
-        _others(x_TK, target, deltas, entry_T, segments_G4, kinds, out, workspace)
+        _others(x_TK, target, deltas, segments_G4, kinds, out, workspace)
 
 
 def _others(
     x_TK: torch.Tensor,
     target: Target,
     deltas: DeviceDeltas,
-    entry_T: torch.Tensor,
     segments_G4: torch.Tensor,
     kinds: Kinds,
     out: Partials,

@@ -23,7 +23,7 @@ from kernels.device import DeviceDeltas, Kinds, Target
 
 @triton.jit
 def low_rank_tile(
-    SLAB, TABLE, n, inside, k, N, member, K: tl.constexpr, DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    SLAB, TABLE, n, inside, k, member, K: tl.constexpr, DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
     """B[n] A[member, :, k]: float32 [BN, BK]; all of the tile's rows are of one member."""
     rank = parts.rank_of(TABLE, 0)
@@ -63,20 +63,18 @@ def merge_kernel(
         PLANES, COLUMNS, DENSES, BN, BK,
     )  # fmt: skip
     if LOW_RANK:
-        total += low_rank_tile(SLAB, TABLE, n, inside, k, N, tl.min(member, 0), K, W.dtype.element_ty, BN, BK)
+        total += low_rank_tile(SLAB, TABLE, n, inside, k, tl.min(member, 0), K, W.dtype.element_ty, BN, BK)
     tl.store(OUT + (n - first)[:, None].to(tl.int64) * K + k[None, :], total.to(OUT.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
 class MergeConfig:
+    """The default is a rule, not measured: a fragment of signs each; of low-rank parts too a tile must lie within one
+    member."""
+
     rows: int = 16
     columns: int = 256
     warps: int = 4
-
-
-def choose(target: Target, kinds: Kinds) -> MergeConfig:
-    """Not measured yet. A fragment of signs each; of low-rank parts too a tile must lie within one member."""
-    return MergeConfig()
 
 
 def candidates(target: Target, kinds: Kinds) -> list[MergeConfig]:
@@ -106,7 +104,7 @@ def merge(
     assert out_RK.shape == (last - first, target.inputs), f"out {list(out_RK.shape)} for outputs {first} to {last}"
     assert out_RK.is_contiguous()
     assert weight_NK.is_contiguous()
-    config = config or choose(target, kinds)
+    config = config or MergeConfig()
     starts = [*target.members[1:], 0, 0]
     merge_kernel[(triton.cdiv(last - first, config.rows), triton.cdiv(target.inputs, config.columns))](
         weight_NK, deltas.slab, deltas.table_EJF[entry, target.index], out_RK, first, last, target.outputs,

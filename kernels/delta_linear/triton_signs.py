@@ -136,7 +136,7 @@ def _gather(total, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr)
 @triton.jit
 def _store_rows(
     sums, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane,
-    MANY: tl.constexpr, ROWS: tl.constexpr,
+    MANY: tl.constexpr,
 ):  # fmt: skip
     """OUT[row, n] = (2 sums - sum q) scale[row] scale[n]; planes after the first add to what is there.
 
@@ -185,7 +185,7 @@ def _product_rows(
             n = (tile + group * TILES) * 16 + tl.arange(0, TILES * 16)
             _store_rows(
                 sums, OUT, row, stop, n, outputs, limit, width, scales[group], x_scale, x_sum, zeros[group], plane,
-                MANY, ROWS,
+                MANY,
             )  # fmt: skip
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import shutil
-import struct
 import threading
 import uuid
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from bitdelta_core.errors import BaseMismatch, ContextLengthExceeded, DeltaError
 from deployments.replica import Deltas
 from storage import Catalog, DiskCache, Repository, open_store
 from storage.manifest import FileEntry, Manifest
-from tests.integration.engine_zoo import KINDS, Zoo
+from tests.engine.engine_zoo import KINDS, Zoo, overwrite
 from tests.tiny import make_base, make_finetune
 
 ALL = [*KINDS, "lora"]
@@ -169,18 +167,6 @@ async def test_streams_beside_failures(zoo: Zoo, expected: dict, tmp_path: Path)
         gate.set()
         assert await slow == expected["bitdelta-row", prompt]
         assert engine.stats().delta_load_failures_total == 2
-
-
-def overwrite(file: Path, part_of_name: str, value: float) -> None:
-    """Set one float32 tensor of a safetensors file to a value, in place."""
-    data = bytearray(file.read_bytes())
-    header = 8 + int.from_bytes(data[:8], "little")
-    entries = json.loads(data[8:header])
-    [entry] = [e for name, e in entries.items() if part_of_name in name]
-    start, stop = (header + offset for offset in entry["data_offsets"])
-    assert entry["dtype"] == "F32"
-    data[start:stop] = struct.pack("<f", value) * ((stop - start) // 4)
-    file.write_bytes(data)
 
 
 def test_a_source_may_take_the_files_away_once_they_are_mapped(zoo: Zoo, expected: dict, tmp_path: Path) -> None:

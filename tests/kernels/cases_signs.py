@@ -10,7 +10,7 @@ from kernels.delta_linear.choice import Config, rule
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.device import Kinds, Planes, Target
 from tests.kernels.compile_harness import Case
-from tests.kernels.meta import entries, ints, meta, tables
+from tests.kernels.meta import ints, meta, tables
 
 SIGNS = Kinds(signs=True)
 COLUMNS = Kinds(signs=True, columns=True, planes=2)
@@ -24,7 +24,7 @@ def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None
     planes = Planes.empty(kinds.sets(target), rows, target.inputs, "meta") if kinds.signs else None
     out = partials_of(target, rows, kinds, torch.bfloat16, "meta", config=config)
     delta_linear(
-        meta(rows, target.inputs), planes, meta(target.outputs, target.inputs), target, tables(2), entries(rows),
+        meta(rows, target.inputs), planes, meta(target.outputs, target.inputs), target, tables(2),
         ints(rows, 4), kinds, out, meta(0, dtype=torch.uint8), config=config,
     )  # fmt: skip
 

@@ -50,7 +50,7 @@ def run(
     )
     workspace = torch.empty(wide.workspace_bytes(target, count, kinds, x.dtype), dtype=torch.uint8, device=DEVICE)
     delta_linear(
-        x, planes if kinds.signs else None, weight, target, made.deltas, batch.entry_T, batch.segments_G4, kinds, out,
+        x, planes if kinds.signs else None, weight, target, made.deltas, batch.segments_G4, kinds, out,
         workspace, config=config,
     )  # fmt: skip
     return weight, out
@@ -213,7 +213,7 @@ def test_a_captured_linear_reads_tables_anew() -> None:
     def step() -> None:
         prepare_planes(x, planes, target, made.deltas, batch.entry_T, kinds)
         delta_linear(
-            x, planes, weight, target, made.deltas, batch.entry_T, batch.segments_G4, kinds, out, workspace
+            x, planes, weight, target, made.deltas, batch.segments_G4, kinds, out, workspace
         )  # fmt: skip
 
     step()

@@ -209,7 +209,7 @@ class DeviceDecoder:
         )  # fmt: skip
         entry_L = rows.entry_T if rows_L is None else rows.entry_T.index_select(0, rows_L)
         delta_linear(
-            buffers.head_hidden_LK, head.planes, self.weights.targets["head"], target, made.deltas, entry_L,
+            buffers.head_hidden_LK, head.planes, self.weights.targets["head"], target, made.deltas,
             rows.logit_segments_G4, kinds, head.out, buffers.scratch,
         )  # fmt: skip
         logits(head.out, entry_L, self.tables.vocab_E, buffers.logits_LV)

@@ -41,8 +41,3 @@ def union(kinds: Sequence[Kinds]) -> Kinds:
 
 def step_union(kinds: Sequence[StepKinds]) -> StepKinds:
     return StepKinds(*(union([getattr(k, part) for k in kinds]) for part in ("layers", "embed", "head")))
-
-
-def has_any(kinds: Kinds) -> bool:
-    """Whether rows may have a difference at all."""
-    return kinds.signs or kinds.rank > 0 or kinds.dense or kinds.rows

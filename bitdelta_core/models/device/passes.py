@@ -75,7 +75,6 @@ class DecodePass:
             weight_NK,
             target,
             self.deltas,
-            rows.entry_T,
             rows.segments_G4,
             self.kinds.layers,
             linear.out,

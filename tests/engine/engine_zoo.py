@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,3 +105,15 @@ class Zoo:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
         )
         return out[0, len(prompt) :].tolist()
+
+
+def overwrite(file: Path, part_of_name: str, value: float) -> None:
+    """Set one float32 tensor of a safetensors file to a value, in place."""
+    data = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:header])
+    [entry] = [e for name, e in entries.items() if part_of_name in name]
+    start, stop = (header + offset for offset in entry["data_offsets"])
+    assert entry["dtype"] == "F32"
+    data[start:stop] = struct.pack("<f", value) * ((stop - start) // 4)
+    file.write_bytes(data)

@@ -13,7 +13,7 @@ import torch
 
 from bitdelta_core.delta.format import open_delta
 from bitdelta_core.models.device import layout
-from tests.integration.engine_zoo import KINDS, Zoo
+from tests.engine.engine_zoo import KINDS, Zoo
 from tests.kernels.b1 import emulated
 from tests.unit.device_stepper import DEVICE, DeviceStepper, Rig, Running, error, pretend_b1
 

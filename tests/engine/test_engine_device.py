@@ -12,7 +12,7 @@ from bitdelta_core import Engine, EngineConfig, SamplingParams
 from bitdelta_core.engine.config import DecoderName
 from bitdelta_core.errors import InvalidRequest
 from bitdelta_core.models.device import layout
-from tests.integration.engine_zoo import Zoo
+from tests.engine.engine_zoo import Zoo
 from tests.tiny import make_base
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_engine_gpu.py has the real kernels")
