@@ -130,13 +130,14 @@ def _flat(
     config: Config,
 ) -> None:
     rows, width = x_TK.shape[0], out.base_STN.shape[2]
+    span = triton.cdiv(target.inputs, config.split * config.inner) * config.inner
     base_programs, (blocks, first, second) = triton.cdiv(width, config.outputs) * config.split, (1, 0, 0)
     if kinds.signs:
         blocks, first, second = member_blocks(target, width, kinds, config)
     words, scale, total, *strides = plane_arguments(planes if kinds.signs else None)
     flat_kernel[(base_programs + (blocks * segments_G4.shape[0] if kinds.signs else 0),)](
         x_TK, weight_NK, out.base_STN, *table_arguments(deltas, target), segments_G4, words, scale, total, *strides,
-        out.delta_TN, rows, target.outputs, width, base_programs, blocks, first, second,
+        out.delta_TN, rows, target.outputs, width, span, base_programs, blocks, first, second,
         K=target.inputs, SPLIT=config.split, BN=config.outputs, BK=config.inner, STAGES=config.stages,
         BT=max(16, triton.next_power_of_2(rows)), **sign_constants(target, rows, kinds, config), **options(config),
     )  # fmt: skip
@@ -168,7 +169,7 @@ def _unpack(
     blocks, first, second = member_blocks(target, width, kinds, config)
     unpack_kernel[(blocks, segments_G4.shape[0])](
         x_TK, *table_arguments(deltas, target), segments_G4, out.delta_TN, target.outputs, width, first, second,
-        K=target.inputs, KB=target.tiles[1], TILES=config.tiles, ROWS=16, COLUMNS=kinds.columns,
+        2 * target.tiles[1], K=target.inputs, KB=target.tiles[1], TILES=config.tiles, ROWS=16, COLUMNS=kinds.columns,
         MEMBERS=len(target.members) if kinds.columns else 1, MANY=kinds.planes > 1, num_warps=8,
     )  # fmt: skip
 

@@ -3,6 +3,9 @@
 Base tiles take W as the left operand (64 or 128 outputs on the side where a tensor core wants at least 64 rows) and x^T
 as the right one, so that 16 rows waste nothing; K is split where N alone gives too few tiles to keep the memory busy,
 and whoever reads the result sums the splits. They come first in the grid: each reads more than a sign block does.
+
+Loops around `tl.dot` run to an argument, never to a constant: where one is short and its length known, the ptxas of
+Triton 3.6 unrolls it and drops the matrix products of Hopper (their results are 0).
 """
 
 # Triton's language is not Python's:
@@ -32,7 +35,7 @@ def _prefetch(at, size):
 
 @triton.jit
 def base_tile(
-    X, W, OUT, tile, split, T, N, width,
+    X, W, OUT, tile, split, T, N, width, span,
     K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -40,20 +43,20 @@ def base_tile(
 
     Args:
         T, N, width: rows; outputs of W; columns of OUT, N or more.
+        span: columns of W of a split, a multiple of BK.
     """
-    SPAN: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
     n = tile * BN + tl.arange(0, BN)
     t = tl.arange(0, BT)
-    k = split * SPAN + tl.arange(0, BK)
+    k = split * span + tl.arange(0, BK)
     w_at = W + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + k[None, :]
     x_at = X + t[None, :] * K + k[:, None]
     if PDL:
-        if (K % 8 == 0) & (SPAN >= _AHEAD) & (K % (SPLIT * BK) == 0):
-            first = W + tl.minimum(n, N - 1).to(tl.int64) * K + split * SPAN
+        if (K % 8 == 0) & (K >= SPLIT * _AHEAD) & (K % (SPLIT * BK) == 0):
+            first = W + tl.minimum(n, N - 1).to(tl.int64) * K + split * span
             _prefetch(first, tl.zeros_like(n) + _AHEAD * W.dtype.element_ty.primitive_bitwidth // 8)
         gdc_wait()
     y = tl.zeros((BN, BT), tl.float32)
-    for done in tl.range(0, SPAN, BK, num_stages=STAGES):
+    for done in tl.range(0, span, BK, num_stages=STAGES):
         if K % (SPLIT * BK) == 0:
             w = tl.load(w_at + done, eviction_policy="evict_first")
             x = tl.load(x_at + done, mask=t[None, :] < T, other=0.0)
@@ -70,7 +73,7 @@ def base_tile(
 @triton.jit
 def flat_kernel(
     X, W, BASE, SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, DELTA,
-    T, N, width, base_programs, blocks, M1, M2,
+    T, N, width, span, base_programs, blocks, M1, M2,
     K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
     KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
@@ -81,7 +84,7 @@ def flat_kernel(
         gdc_launch_dependents()
     if program < base_programs:
         base_tile(
-            X, W, BASE, program // SPLIT, program % SPLIT, T, N, width, K, SPLIT, BN, BK, BT, STAGES, PDL
+            X, W, BASE, program // SPLIT, program % SPLIT, T, N, width, span, K, SPLIT, BN, BK, BT, STAGES, PDL
         )  # fmt: skip
     else:
         if WORDS is not None:

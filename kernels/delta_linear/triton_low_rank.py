@@ -74,7 +74,9 @@ def add_expanded(
         )
         here = (n[None, :] >= first) & (n[None, :] < last) & inside[:, None]
         b_at = b + n[None, :].to(tl.int64) * rank + (i0 + i)[:, None]
-        total = tl.dot(tl.sum(h, 0).to(b.dtype.element_ty), tl.load(b_at, mask=here, other=0.0), total)
+        total = tl.dot(
+            tl.sum(h, 0).to(b.dtype.element_ty), tl.load(b_at, mask=here, other=0.0), total, input_precision="ieee"
+        )
     return total
 
 

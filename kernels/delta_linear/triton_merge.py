@@ -38,7 +38,7 @@ def low_rank_tile(
         if K % BK != 0:
             mask = mask & (k < K)[None, :]
         a_tile = tl.load(a_at, mask=mask, other=0.0)
-        total = tl.dot(b_tile, a_tile, total)
+        total = tl.dot(b_tile, a_tile, total, input_precision="ieee")
     return total
 
 

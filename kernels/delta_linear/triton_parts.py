@@ -86,7 +86,7 @@ def rows_times_matrix(
             inside = K - done
             x = tl.load(x_at + done, mask=(t[:, None] < stop) & (k[None, :] < inside), other=0.0)
             m = tl.load(m_at + done, mask=(r[None, :] < rows) & (k[:, None] < inside), other=0.0)
-        total = tl.dot(x, m, total)
+        total = tl.dot(x, m, total, input_precision="ieee")
     return total
 
 

@@ -33,15 +33,15 @@ ROWS = 256
 @triton.jit
 def delta_tile(
     w, SLAB, TABLE, at, planes, n, k0, member, scale, N, K: tl.constexpr, MEMBERS: tl.constexpr,
-    PLANES: tl.constexpr, COLUMNS: tl.constexpr, DENSES: tl.constexpr, PACKED: tl.constexpr,
+    PLANES: tl.constexpr, COLUMNS: tl.constexpr, DENSES: tl.constexpr, PACKED: tl.constexpr, BASE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """w + D for a tile, in w's type."""
+    """w + D for a tile, in w's type; PACKED but not BASE the signs alone, for the sum to be scaled."""
     if PACKED:
         signs = parts.part(SLAB, TABLE, at, SIGN, tl.uint8)
         there = (n < N) & (tl.zeros_like(n) < planes)
         of_bytes = tiles.sign_bytes(signs, 0, n, there, k0, (N + 15) // 16, (K + 255) // 256, BK)
-        total = tiles.add_signed(w, scale, of_bytes, BN, BK)
+        total = tiles.add_signed(w, scale, of_bytes, BN, BK) if BASE else tiles.ones(of_bytes, w.dtype, BN, BK)
     else:
         d = tiles.difference(
             SLAB, TABLE, at, planes, n, n < N, k0, member, MEMBERS, N, K, w.dtype, PLANES, COLUMNS, DENSES, BN, BK
@@ -65,18 +65,18 @@ def add_low_rank(
             h += tl.load(H + at, mask=mask, other=0.0)
         here = ((n >= first) & (n < last))[:, None] & inside[None, :]
         b_tile = tl.load(b + n[:, None].to(tl.int64) * rank + (i0 + i)[None, :], mask=here, other=0.0)
-        total = tl.dot(b_tile, h.to(b_tile.dtype), total)
+        total = tl.dot(b_tile, h.to(b_tile.dtype), total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def product_kernel(
-    X, x_stride, W, SLAB, TABLE, table_stride, TILES, H, OUT, out_stride, T, N, FIRST_1, FIRST_2,
+    X, x_stride, W, SLAB, TABLE, table_stride, TILES, H, OUT, out_stride, T, N, inputs, FIRST_1, FIRST_2,
     K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
     BASE: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr, DENSES: tl.constexpr, LOW_RANK: tl.constexpr,
     PACKED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT = x (W + D)^T if BASE, else OUT += x D^T, for the rows of every tile."""
+    """OUT = x (W + D)^T if BASE, else OUT += x D^T, for the rows of every tile. inputs: K (see triton_flat, loops)."""
     entry, start, stop = parts.segment(TILES, tl.program_id(0) // (ROWS // BT))
     start += tl.program_id(0) % (ROWS // BT) * BT
     at = entry * table_stride
@@ -95,16 +95,12 @@ def product_kernel(
     if PACKED:
         scales = parts.part(SLAB, TABLE, at, SCALE, tl.float32)
         scale = tl.load(scales + n, mask=(n < N) & (tl.zeros_like(n) < planes), other=0.0)
-    factor = scale
-    if not BASE:
-        factor = tl.full((BN,), 1.0, tl.float32)
     total = tl.zeros((BN, BT), tl.float32)
     w_row = n[:, None].to(tl.int64) * K + k[None, :]
     x_at = X + t[None, :].to(tl.int64) * x_stride + k[:, None]
     # x D^T of variants that have low-rank parts alone is those parts alone.
-    inputs = K
     if not BASE:
-        inputs = tl.where((planes == 0) & (tl.load(TABLE + at + DENSE) < 0), 0, K)
+        inputs = tl.where((planes == 0) & (tl.load(TABLE + at + DENSE) < 0), 0, inputs)
     for k0 in tl.range(0, inputs, BK, num_stages=STAGES):
         w_mask = (n < N)[:, None]
         x_mask = (t < stop)[None, :]
@@ -115,10 +111,10 @@ def product_kernel(
         x = tl.load(x_at + k0, mask=x_mask, other=0.0)
         if (PLANES > 0) | DENSES:
             w = delta_tile(
-                w, SLAB, TABLE, at, planes, n, k0, member, factor, N, K, MEMBERS, PLANES, COLUMNS, DENSES, PACKED,
-                BN, BK,
+                w, SLAB, TABLE, at, planes, n, k0, member, scale, N, K, MEMBERS, PLANES, COLUMNS, DENSES, PACKED,
+                BASE, BN, BK,
             )  # fmt: skip
-        total = tl.dot(w, x, total)
+        total = tl.dot(w, x, total, input_precision="ieee")
     if PACKED and not BASE:
         total *= scale[:, None]
     if LOW_RANK:
@@ -145,11 +141,13 @@ class ProductConfig:
     warps: int = 8
 
 
-def choose(rows_per_tile: int, kinds: Kinds, device: torch.device) -> ProductConfig:
+def choose(rows_per_tile: int, kinds: Kinds, dtype: torch.dtype, device: torch.device) -> ProductConfig:
     """Not measured yet. The largest tile that the rows fill, and the registers and shared memory hold."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     simple = kinds.planes == 1 and not (kinds.columns or kinds.dense)
     most = 256 if hopper and simple else 128
+    if dtype == torch.float32:  # twice the shared memory
+        return ProductConfig(min(64, max(16, triton.next_power_of_2(rows_per_tile))), outputs=64, stages=2, warps=4)
     rows = min(most, max(16, triton.next_power_of_2(rows_per_tile)))
     return ProductConfig(rows, stages=3 if simple else 2, warps=8 if rows >= 64 else 4)
 
@@ -190,7 +188,7 @@ def product(
     grid = (tiles_I4.shape[0] * (ROWS // config.rows), triton.cdiv(target.outputs, config.outputs))
     product_kernel[grid](
         x_TK, x_TK.stride(0), weight_NK, *triton_parts.table_arguments(deltas, target), tiles_I4, h,
-        out_TN, out_TN.stride(0), x_TK.shape[0], target.outputs, first[0], first[1],
+        out_TN, out_TN.stride(0), x_TK.shape[0], target.outputs, target.inputs, first[0], first[1],
         K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=split, ROWS=ROWS, BASE=weight_NK is not None,
         PLANES=planes, COLUMNS=kinds.columns, DENSES=kinds.dense, LOW_RANK=kinds.rank > 0, PACKED=packed,
         BN=config.outputs, BT=config.rows, BK=config.inner, BI=16 if kinds.rank == 16 else 32,

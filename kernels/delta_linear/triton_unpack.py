@@ -38,13 +38,14 @@ def _signs(WORDS, tile, tiles, half, KB: tl.constexpr, TILES: tl.constexpr, DTYP
 
 @triton.jit
 def unpack_kernel(
-    X, SLAB, TABLE, table_stride, SEGMENTS, OUT, base_outputs, width, M1, M2,
+    X, SLAB, TABLE, table_stride, SEGMENTS, OUT, base_outputs, width, M1, M2, halves,
     K: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Grid [blocks, segments]: OUT[row, n] of all rows of a segment, zero where the variant has no signs.
 
-    Args: as `triton_signs.sign_block`.
+    Args: as `triton_signs.sign_block`, and
+        halves: 2 KB (see triton_flat on loops).
     """
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
     at = entry * table_stride
@@ -60,7 +61,7 @@ def unpack_kernel(
         y = tl.zeros((TILES * 16, ROWS), tl.float32)
         for plane in range(planes):
             product, total = _plane(
-                X, SLAB, TABLE, at, plane, member, tile, tiles, row, stop, K, KB, TILES, ROWS, MEMBERS, COLUMNS
+                X, SLAB, TABLE, at, plane, member, tile, tiles, row, stop, halves, K, KB, TILES, ROWS, MEMBERS, COLUMNS
             )  # fmt: skip
             scale = parts.part(SLAB, TABLE, at, SCALE, tl.float32) + plane * tiles * 16
             y += product * tl.load(scale + n, mask=n < tiles * 16, other=0.0)[:, None]
@@ -75,7 +76,7 @@ def unpack_kernel(
 
 @triton.jit
 def _plane(
-    X, SLAB, TABLE, at, plane, member, tile, tiles, row, stop,
+    X, SLAB, TABLE, at, plane, member, tile, tiles, row, stop, halves,
     K: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,7 @@ def _plane(
     words = parts.part(SLAB, TABLE, at, SIGN, tl.int32) + plane * tiles * (KB * 128)
     product = tl.zeros((TILES * 16, ROWS), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for half in range(2 * KB):
+    for half in range(halves):
         k = half * 128 + tl.arange(0, 128)
         x = tl.load(X + row[None, :] * K + k[:, None], mask=(row[None, :] < stop) & (k[:, None] < K), other=0.0)
         total += tl.sum(x.to(tl.float32), 0)

@@ -292,7 +292,7 @@ def _product(
     way: Way,
 ) -> None:
     longest = max(stop - start for _, start, stop in run.segments)
-    config = way.product or triton_product.choose(min(longest, ROWS), kinds, x_TK.device)
+    config = way.product or triton_product.choose(min(longest, ROWS), kinds, x_TK.dtype, x_TK.device)
     triton_product.product(
         x_TK, weight_NK, target, deltas, tiles_I4[run.tiles], kinds, out_TN, workspace, config=config
     )

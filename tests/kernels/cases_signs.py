@@ -40,5 +40,7 @@ CASES = [
     Case("linear flat 12288x4096 T16 pdl", pdl, {90: (*FLAT[90], "UBLKPF")}, archs=(90,)),
     Case("linear base 12288x4096 T8", lambda: linear(QKV, 8, Kinds()), {80: ("HMMA.16816",), 90: ("HGMMA",)}),
     Case("linear signs 12288x4096 T256 columns", lambda: linear(QKV, 256, COLUMNS), BMMA),
+    # Short loops of a known length are where products got lost.
+    Case("linear base 4096x1024 T8", lambda: linear(Target(1, 4096, 1024), 8, Kinds()), {90: ("HGMMA",)}, archs=(90,)),
     Case("linear unpack", lambda: linear(QKV, 16, COLUMNS, Config("unpack")), {80: ("HMMA",), 90: ("MMA",)}),
 ]

@@ -53,6 +53,8 @@ class Compiled:
     shared: int
     counts: dict[str, int]
     """How often each instruction stands in the machine code"""
+    dropped: int
+    """Matrix products whose result goes nowhere: what ptxas makes of some unrolled loops"""
     fragments: list[str]
     """Which elements each lane holds where inline assembly multiplies matrices"""
 
@@ -103,9 +105,12 @@ def inspect(case: str, kernel: Any) -> Compiled:
         sass = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
     counts = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M))
+    dropped = len(re.findall(r"HGMMA\S* RZ, gdesc\[URZ\]", sass))
     shared, local = kernel.metadata.shared, max(found["STACK"], found["LOCAL"])
     layouts = fragments(kernel.asm["ttgir"])
-    return Compiled(case, kernel.metadata.name, found["REG"], local, shared, dict(counts.most_common()), layouts)
+    return Compiled(
+        case, kernel.metadata.name, found["REG"], local, shared, dict(counts.most_common()), dropped, layouts
+    )
 
 
 def fragments(ttgir: str) -> list[str]:
@@ -146,7 +151,8 @@ def main() -> None:
         if args.json:
             print(json.dumps(asdict(c)))
             continue
-        print(f"{c.case:48} {c.kernel:24} {c.registers:4} registers {c.stack:5} B stack {c.shared:7} B shared")
+        lost = f" {c.dropped} products dropped" if c.dropped else ""
+        print(f"{c.case:48} {c.kernel:24} {c.registers:4} registers {c.stack:5} B stack {c.shared:7} B shared{lost}")
         if args.counts:
             print("    " + " ".join(f"{k}:{v}" for k, v in list(c.counts.items())[: args.counts]))
 

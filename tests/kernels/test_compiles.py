@@ -46,6 +46,8 @@ def test_compiles(arch: int, harness: Harness) -> None:
     assert compiled
     spilled = [f"{c['case']}: {c['kernel']}: {c['stack']} B" for c in compiled if c["stack"]]
     assert not spilled, f"local memory on sm_{arch}: {spilled}"
+    dropped = [f"{c['case']}: {c['kernel']}" for c in compiled if c["dropped"]]
+    assert not dropped, f"ptxas dropped matrix products: {dropped}"
     wrong = [layout for c in compiled for layout in c["fragments"] if FOUR_WORDS not in layout]
     assert not wrong, "mma.b1 takes registers as they are: each lane must hold four words that follow each other"
     assert any(c["fragments"] for c in compiled)

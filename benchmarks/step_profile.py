@@ -1,0 +1,91 @@
+"""Where a decode step's time goes: its kernels, as the profiler times them inside the replayed CUDA graph.
+
+    python benchmarks/step_profile.py [--shape llama-2-7b] [--kind row] [--rows 1 16 64] [--variants 0 16] [--context 1024]
+
+Kernels overlap their neighbours' starts and ends, so that their sum differs from the step: `between` is the step less
+that sum. One JSON line per kernel and step in benchmarks/results/step_profile.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+
+import gpu_timing
+import torch
+from device_world import DecodeStep, World
+from gpu_timing import Report
+from synthetic import SHAPES
+
+REPLAYS = 5
+
+
+@dataclass
+class Share:
+    """Of one kernel in a step."""
+
+    count: float = 0
+    us: float = 0.0
+
+
+def shares(step: DecodeStep) -> dict[str, Share]:
+    """By kernel name, per step."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(REPLAYS):
+            graph.replay()
+        torch.cuda.synchronize()
+    found: dict[str, Share] = defaultdict(Share)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name[:60]].count += 1 / REPLAYS
+            found[event.name[:60]].us += event.device_time / REPLAYS
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-2-7b")
+    parser.add_argument("--kind", choices=("row", "row_col", "lora"), default="row")
+    parser.add_argument("--rows", type=int, nargs="+", default=[16])
+    parser.add_argument("--variants", type=int, nargs="+", default=[16], help="0: the base alone")
+    parser.add_argument("--context", type=int, default=1024)
+    arguments = parser.parse_args()
+    assert torch.cuda.is_available(), "no CUDA device"
+    report = Report("step_profile", False, gpu_timing.read_bandwidth())
+    for count in arguments.variants:
+        world = World(SHAPES[arguments.shape], arguments.kind if count else None, count, torch.bfloat16)
+        for rows in arguments.rows:
+            if count <= rows:
+                show(report, arguments, world, rows, count)
+        del world
+        gc.collect()
+        torch.cuda.empty_cache()
+    return 0
+
+
+def show(report: Report, arguments: argparse.Namespace, world: World, rows: int, variants: int) -> None:
+    step = DecodeStep(world, rows, variants, arguments.context)
+    us = gpu_timing.graph_us([step], target_us=20000)
+    kernels = shares(step)
+    between = us - sum(share.us for share in kernels.values())
+    case = {"model": arguments.shape, "rows": rows, "variants": variants, "context": arguments.context}
+    nbytes = world.base_bytes + variants * world.delta_bytes + world.kv_bytes(rows, arguments.context)
+    report.row(case, us, nbytes=nbytes)
+    for name, share in sorted(kernels.items(), key=lambda item: -item[1].us):
+        print(f"    {name:<62} {share.count:6.0f} x {share.us / share.count:8.2f} us = {share.us:9.1f}")
+        report.write({**case, "kernel": name, "count": share.count, "us": round(share.us, 1)})
+    print(f"    {'between':<62} {between:28.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
