@@ -1,6 +1,6 @@
 """Where a decode step's time goes: its kernels, as the profiler times them inside the replayed CUDA graph.
 
-    python benchmarks/step_profile.py [--shape llama-2-7b] [--kind row] [--rows 1 16 64] [--variants 0 16] [--context 1024]
+    python benchmarks/step_profile.py [--shape llama-2-7b] [--kind row] [--rows 1 16 64] [--variants 0 16]
 
 Kernels overlap their neighbours' starts and ends, so that their sum differs from the step: `between` is the step less
 that sum. One JSON line per kernel and step in benchmarks/results/step_profile.jsonl.
