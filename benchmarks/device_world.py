@@ -22,6 +22,7 @@ from bitdelta_core.models.device.step import StepBuffers, StepSize
 from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.parameters import EMBED, Parameters
 from bitdelta_core.models.weights import Weights
+from kernels.device import segment_table
 from kernels.sampling import sample
 from kernels.sampling.rows import RowValues, Sampled
 from kernels.sampling.workspace import Workspace
@@ -124,10 +125,9 @@ class DecodeStep:
         step.context_lens_S[:] = self.context
         step.set_starts(list(range(self.rows + 1)))
         distinct = [e for e in dict.fromkeys(entries) if e > 0]
-        for i, entry in enumerate(distinct):
-            start = entries.index(entry)
-            for segments in (step.segments_G4, step.logit_segments_G4):
-                segments[i] = (entry, start, start + entries.count(entry), 0)
+        runs = [(e, entries.index(e), entries.index(e) + entries.count(e)) for e in distinct]
+        for segments_G4 in (step.segments_G4, step.logit_segments_G4):
+            segments_G4[: len(runs)] = np.array(segment_table(runs)).reshape(-1, 4)
         step.logit_rows_L[:] = np.arange(self.rows)
         line = RowValues(vocab=self.world.config.vocab_size, temperature=0.0)
         step.sampling_LF[:] = np.frombuffer(line.pack(0), np.int32)

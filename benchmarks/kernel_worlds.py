@@ -12,7 +12,7 @@ import torch
 from synthetic import Shape
 
 from kernels import fragments
-from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target
+from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
 
 Mix = Literal["distinct", "identical", "uniform", "zipf", "base"]
 
@@ -175,7 +175,7 @@ def rows_of(entries: Sequence[int]) -> Rows:
     ordered = sorted(entries)
     starts = {e: ordered.index(e) for e in dict.fromkeys(ordered)}
     segments = tuple((e, start, start + ordered.count(e)) for e, start in starts.items())
-    own = [[*segment, 0] for segment in segments if segment[0] > 0] or [[0, 0, 0, 0]]
+    own = segment_table(segments) or [[0, 0, 0, 0]]
     device = gpu_timing.device()
     return Rows(
         torch.tensor(ordered, dtype=torch.int32, device=device),

@@ -6,7 +6,7 @@ Benchmarks write the files; ops have a rule in code for devices and keys without
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -14,11 +14,38 @@ from typing import Any
 
 _ROOT = Path(__file__).parent
 Settings = Mapping[str, Any]
+_MOST_ROWS = 2**12
+"""No key of a number of rows has more."""
 
 
 def lookup(op: str, device_name: str, key: str) -> Settings | None:
     """The settings of one key of an op (its folder's name) on a device, None where nothing was measured."""
     return _table(path(op, device_name)).get(key)
+
+
+def nearest(
+    op: str, device_name: str, rows: int, key: Callable[[int], str], *, fewest: int = 1
+) -> tuple[int, Settings] | None:
+    """The settings measured for the nearest number of rows, and which that is: `rows` up to a power of two, else the
+    next larger, else the next smaller.
+
+    key: of a power of two. fewest: of no fewer rows do settings serve `rows`.
+    """
+    table = _table(path(op, device_name))
+    if not table:
+        return None
+    return next(((n, table[k]) for n in _powers(rows) if n >= fewest and (k := key(n)) in table), None)
+
+
+def _powers(rows: int) -> Iterator[int]:
+    """Of two, the nearest first."""
+    exact = power = 1 << (rows - 1).bit_length()
+    while power <= _MOST_ROWS:
+        yield power
+        power *= 2
+    while exact > 1:
+        exact //= 2
+        yield exact
 
 
 def path(op: str, device_name: str) -> Path:

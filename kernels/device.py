@@ -14,6 +14,7 @@ J targets, C column sets, N outputs, K inputs. All index tensors are int32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -117,6 +118,12 @@ class Kinds:
         return self.planes * len(target.members) if self.columns else 1
 
 
+def segment_table(runs: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+    """(entry, start, stop, how many there are) of every run (entry, start, stop) of a variant."""
+    own = [run for run in runs if run[0] > 0]
+    return [[*run, len(own)] for run in own]
+
+
 @dataclass(frozen=True, slots=True)
 class StepRows:
     """Padding, up to the size of the graph: rows of entry 0 with token 0 at position 0 and KV slot 0 (in block 0, which
@@ -134,7 +141,7 @@ class StepRows:
     """This step's rows included"""
     block_tables_SM: torch.Tensor
     segments_G4: torch.Tensor
-    """(entry, start, stop, 0): the rows of each variant, ascending. Rows of the base are in none."""
+    """What `segment_table` makes: the rows of each variant, ascending. Rows of the base are in none."""
     logit_rows_L: torch.Tensor
     logit_segments_G4: torch.Tensor
     """The same over L"""

@@ -3,7 +3,7 @@
 What a step's kernels hide that way is each other's launch, and the first requests for weights, which depend on nothing
 that the kernel before writes. The rules, on chips of capability 9.0 and later:
 
-- Every kernel of a decode step calls `gdc_launch_dependents` first and `gdc_wait` before it reads or writes anything but
+- Every kernel of a decode step calls `gdc_launch_dependents` first and `gdc_wait` before it touches anything but
   weights and device tables. `gdc_wait` returns once the kernel before has finished and its writes are seen; as that one
   waited too, so has every earlier one.
 - The first kernel of a step is launched plainly, after all that came before it: copies to the slab, and the tables that

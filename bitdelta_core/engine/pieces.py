@@ -16,6 +16,7 @@ from bitdelta_core.engine.runner import Task
 from bitdelta_core.engine.sequence import Sequence as EngineSequence
 from bitdelta_core.models.device.decoder import MAX_ROWS
 from bitdelta_core.models.device.step import HostStep
+from kernels.device import segment_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,6 @@ def write(
     host.logit_rows_L[: sum(logits)] = [row for stop, n in ends for row in range(stop - n, stop)]
     runs, logit_runs = spans(pieces, counts.tolist()), spans(pieces, logits)
     for segments_G4, found in ((host.segments_G4, runs), (host.logit_segments_G4, logit_runs)):
-        for g, run in enumerate(run for run in found if run[0] > 0):
-            segments_G4[g, :3] = run
+        table = segment_table(found)
+        segments_G4[: len(table)] = np.array(table).reshape(-1, 4)
     return runs, logit_runs

@@ -17,6 +17,8 @@ from kernels.device import Kinds, Target
 Impl = Literal["flat", "signs", "unpack"]
 """flat: base tiles and sign products in one launch. signs: cuBLAS, then sign products. unpack: cuBLAS, then products
 with unpacked signs. Base only, flat is base tiles alone and the others cuBLAS alone."""
+RESIDENT: dict[int, list[tuple[int, int | None]]] = {4: [(3, 168), (4, 128), (2, None)], 8: [(2, 128), (3, 80)]}
+"""By warps: programs of a multiprocessor, and the registers that this many leave each thread"""
 FLAT_ROWS = 64
 """More rows than that are cuBLAS's: accumulators of base tiles crowd out the signs that are under way."""
 
@@ -32,15 +34,13 @@ class Config:
     inner: int = 64
     stages: int = 4
     """flat: outputs of a base tile, its step along K, and how many steps are under way"""
-    groups: int = 1
     tiles: int = 4
-    """Tiles of 16 outputs that one program multiplies at once, and how many times"""
+    """Tiles of 16 outputs that one program multiplies at once"""
     warps: int = 4
     registers: int | None = None
     """Most that a thread may have: more programs at a time"""
-    pdl: bool = False
-    """Programmatic dependent launch, capability 9.0 on: signs are requested while the kernel before still runs. Every
-    kernel in the stream must then either be launched without it or wait for its predecessor before it reads."""
+    resident: int = 4
+    """Programs of sign products per multiprocessor: they take items in turn"""
 
     def base_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of `Partials.base_STN`, for this compute dtype."""
@@ -48,14 +48,21 @@ class Config:
 
 
 def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> Config:
-    """What was measured on this chip for this shape and number of rows, else the rule; signs are unpacked where the
+    """What was measured on this chip for this shape and the nearest number of rows, else the rule; signs are unpacked where the
     binary tensor core is missing or fails its check."""
     device = torch.device(device)
     if device.type != "cuda":
         return rule(target, rows, kinds, b1=False)
     b1 = self_check(device).ok if kinds.signs else True
-    found = configs.lookup("delta_linear", torch.cuda.get_device_name(device), key(target, rows, kinds))
-    return Config(**found) if found and b1 else rule(target, rows, kinds, b1, multiprocessors(device))
+    found = _measured(target, rows, kinds, torch.cuda.get_device_name(device)) if b1 else None
+    return found or rule(target, rows, kinds, b1, multiprocessors(device))
+
+
+def _measured(target: Target, rows: int, kinds: Kinds, device_name: str) -> Config | None:
+    """Of the nearest number of rows. Many rows take nothing of few: accumulators of base tiles grow with them."""
+    fewest = FLAT_ROWS + 1 if rows > FLAT_ROWS else 1
+    found = configs.nearest("delta_linear", device_name, rows, lambda n: key(target, n, kinds), fewest=fewest)
+    return Config(**found[1]) if found else None
 
 
 def key(target: Target, rows: int, kinds: Kinds) -> str:
@@ -89,21 +96,20 @@ def rule(target: Target, rows: int, kinds: Kinds, b1: bool, multiprocessors: int
 
 
 def sign_rule(target: Target, rows: int, kinds: Kinds) -> Config:
-    """The part of the settings that is about signs.
-
-    Tiles as many as leave 16 warps a multiprocessor their registers, fewer where there are few variants to fill the
-    chip with. More rows than that share variants: larger tiles read the planes less often.
-    """
+    """The part of the settings that is about signs: some 40 KB of them under way on every multiprocessor, unspilled."""
     blocks = target.tiles[1]
     warps = 4 if blocks <= 24 else 8
     steps = -(-blocks // warps)
-    plain = _plain(kinds)
-    tiles = 1 if rows <= 2 or steps > 7 else 4 if rows > FLAT_ROWS and steps <= 4 and plain else 2
-    return Config("signs", tiles=tiles, warps=warps, registers=128 if tiles == 2 and warps == 8 and plain else None)
+    resident, registers = RESIDENT[warps][0]
+    tiles = 1 if steps > 4 else 2
+    return Config("signs", tiles=tiles, warps=warps, resident=resident, registers=registers if _plain(kinds) else None)
 
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
+    """Of no real device few, so that programs have several items there too."""
+    if device.type != "cuda":
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -118,8 +124,12 @@ def candidates(target: Target, rows: int, kinds: Kinds) -> list[Config]:
     found = [chosen, replace(chosen, impl="signs", split=1)]
     if rows <= 2 * FLAT_ROWS:
         found += [flat, *(replace(flat, **base) for base in _base_candidates(target))]
-        found += [replace(flat, groups=s.groups, tiles=s.tiles, warps=s.warps, registers=s.registers) for s in signs]
+        found += [replace(flat, **_sign_part(s)) for s in signs]
     return list(dict.fromkeys(found + signs))
+
+
+def _sign_part(config: Config) -> dict[str, int | None]:
+    return {name: getattr(config, name) for name in ("tiles", "warps", "registers", "resident")}
 
 
 def _base_candidates(target: Target) -> Iterator[dict[str, int]]:
@@ -134,11 +144,11 @@ def _sign_candidates(target: Target, rows: int) -> list[Config]:
     found: list[Config] = []
     for warps in (4, 8):
         steps = -(-target.tiles[1] // warps)
-        for tiles, groups in ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)):
-            words = 4 * steps * tiles * groups
-            if 16 <= words <= 112 and (groups == 1 or rows > 4):
-                config = Config("signs", groups=groups, tiles=tiles, warps=warps)
-                found += [config, replace(config, registers=128)] if words >= 32 else [config]
+        for tiles in (1, 2, 4):
+            words = 4 * steps * tiles
+            if 8 <= words <= 64:
+                config = Config("signs", tiles=tiles, warps=warps)
+                found += [replace(config, resident=n, registers=m) for n, m in RESIDENT[warps]]
     return found
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 import triton
 
+from kernels import launches
 from kernels.delta_linear import wide
-from kernels.delta_linear.choice import Config, Impl, choose
+from kernels.delta_linear.choice import Config, Impl, choose, multiprocessors
 from kernels.delta_linear.triton_flat import flat_kernel
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.delta_linear.triton_signs import sign_kernel
@@ -131,15 +132,19 @@ def _flat(
 ) -> None:
     rows, width = x_TK.shape[0], out.base_STN.shape[2]
     span = triton.cdiv(target.inputs, config.split * config.inner) * config.inner
-    base_programs, (blocks, first, second) = triton.cdiv(width, config.outputs) * config.split, (1, 0, 0)
+    base_programs, sign_programs = triton.cdiv(width, config.outputs) * config.split, 0
+    blocks, first, second = member_blocks(target, width, kinds, config)
     if kinds.signs:
-        blocks, first, second = member_blocks(target, width, kinds, config)
+        sign_programs = programs(blocks * segments_G4.shape[0], config, x_TK)
+    pdl = launches.early(x_TK)
     words, scale, total, *strides = plane_arguments(planes if kinds.signs else None)
-    flat_kernel[(base_programs + (blocks * segments_G4.shape[0] if kinds.signs else 0),)](
+    flat_kernel[(base_programs + sign_programs,)](
         x_TK, weight_NK, out.base_STN, *table_arguments(deltas, target), segments_G4, words, scale, total, *strides,
-        out.delta_TN, rows, target.outputs, width, span, base_programs, blocks, first, second,
+        out.delta_TN, rows, target.outputs, width, span, base_programs, sign_programs, blocks,
+        first, second,
         K=target.inputs, SPLIT=config.split, BN=config.outputs, BK=config.inner, STAGES=config.stages,
-        BT=max(16, triton.next_power_of_2(rows)), **sign_constants(target, rows, kinds, config), **options(config),
+        BT=max(16, triton.next_power_of_2(rows)), **sign_constants(target, rows, kinds, config, pdl),
+        **options(config, pdl),
     )  # fmt: skip
 
 
@@ -155,9 +160,11 @@ def _signs(
     assert out.delta_TN is not None
     rows, width = out.delta_TN.shape
     blocks, first, second = member_blocks(target, width, kinds, config)
-    sign_kernel[(blocks, segments_G4.shape[0])](
+    pdl = launches.early(out.delta_TN)
+    sign_kernel[(programs(blocks * segments_G4.shape[0], config, out.delta_TN),)](
         *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN,
-        target.outputs, width, first, second, **sign_constants(target, rows, kinds, config), **options(config),
+        target.outputs, width, blocks, first, second, **sign_constants(target, rows, kinds, config, pdl),
+        **options(config, pdl),
     )  # fmt: skip
 
 
@@ -174,12 +181,17 @@ def _unpack(
     )  # fmt: skip
 
 
+def programs(items: int, config: Config, tensor: torch.Tensor) -> int:
+    """How many share so many items: all that run at once, or a few on a CPU, where it is a loop."""
+    return min(items, config.resident * multiprocessors(tensor.device))
+
+
 def member_blocks(target: Target, width: int, kinds: Kinds, config: Config) -> tuple[int, int, int]:
     """How many blocks of tiles there are, and the first tiles of the second and third member.
 
     Members matter only where they have column scales of their own.
     """
-    last, block = triton.cdiv(width, 16), config.groups * config.tiles
+    last, block = triton.cdiv(width, 16), config.tiles
     starts = [start // 16 for start in target.members] if kinds.columns else [0]
     assert len(starts) <= 3, f"{len(starts)} members, kernels take 3"
     ends = [*starts[1:], last]
@@ -196,26 +208,23 @@ def plane_arguments(planes: Planes | None) -> list[torch.Tensor | int | None]:
     return [*tensors, planes.words_CTW.stride(0), planes.scale_CT.stride(0)]
 
 
-def sign_constants(target: Target, rows: int, kinds: Kinds, config: Config) -> Mapping[str, int]:
+def sign_constants(target: Target, rows: int, kinds: Kinds, config: Config, pdl: bool) -> Mapping[str, int]:
     return {
         "KB": target.tiles[1],
-        "GROUPS": config.groups,
         "TILES": config.tiles,
         "WARPS": config.warps,
         "MEMBERS": len(target.members) if kinds.columns else 1,
         "COLUMNS": kinds.columns,
         "MANY": kinds.planes > 1,
         "LONGEST": 1 if rows == 1 else 4 if rows <= 4 else 8,
-        "PDL": config.pdl,
+        "PDL": pdl,
     }
 
 
-def options(config: Config) -> Mapping[str, int]:
-    found = {"num_warps": config.warps}
+def options(config: Config, pdl: bool) -> Mapping[str, int]:
+    found = {"num_warps": config.warps, **launches.options(pdl)}
     if config.registers:
         found["maxnreg"] = config.registers
-    if config.pdl:
-        found["launch_pdl"] = True
     return found
 
 

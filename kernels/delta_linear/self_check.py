@@ -17,7 +17,7 @@ import torch
 from kernels import fragments
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.delta_linear.triton_signs import sign_kernel
-from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Target
+from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Target, segment_table
 from kernels.planes import planes_reference, values
 
 TOLERANCE = 1e-5
@@ -63,11 +63,12 @@ def product_error(device: torch.device, tiles: int, warps: int) -> float:
     scale_VN = torch.rand(2, target.outputs, generator=gen)
     deltas = _deltas(sign_VNk, scale_VN, target, device)
     planes = planes_reference(torch.randn(1, _ROWS, target.inputs, generator=gen).to(device))
-    segments = torch.tensor([[*s, 0] for s in _SEGMENTS], dtype=torch.int32, device=device)
+    segments = torch.tensor(segment_table(_SEGMENTS), dtype=torch.int32, device=device)
     out_TN = torch.full((_ROWS, target.outputs), torch.nan, device=device)
-    sign_kernel[(-(-target.outputs // (16 * tiles)), len(_SEGMENTS))](
+    blocks = -(-target.outputs // (16 * tiles))
+    sign_kernel[(blocks,)](
         *table_arguments(deltas, target), segments, planes.words_CTW, planes.scale_CT, planes.sum_CT, 0, 0, out_TN,
-        target.outputs, target.outputs, 0, 0, KB=target.tiles[1], GROUPS=1, TILES=tiles, WARPS=warps, MEMBERS=1,
+        target.outputs, target.outputs, blocks, 0, 0, KB=target.tiles[1], TILES=tiles, WARPS=warps, MEMBERS=1,
         COLUMNS=False, MANY=False, LONGEST=8, PDL=False, num_warps=warps,
     )  # fmt: skip
     x_TK = values(planes, target.inputs)[0].double().cpu()

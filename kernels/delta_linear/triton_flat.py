@@ -1,8 +1,8 @@
-"""A decode-sized linear in one launch: tiles of x W^T and blocks of sign products, side by side in one grid.
+"""A decode-sized linear in one launch: tiles of x W^T and programs of sign products, side by side in one grid.
 
 Base tiles take W as the left operand (64 or 128 outputs on the side where a tensor core wants at least 64 rows) and x^T
 as the right one, so that 16 rows waste nothing; K is split where N alone gives too few tiles to keep the memory busy,
-and whoever reads the result sums the splits. They come first in the grid: each reads more than a sign block does.
+and whoever reads the result sums the splits. They come first in the grid, so that sign programs fill what they leave.
 
 Loops around `tl.dot` run to an argument, never to a constant: where one is short and its length known, the ptxas of
 Triton 3.6 unrolls it and drops the matrix products of Hopper (their results are 0).
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.delta_linear.triton_signs import sign_block
+from kernels.delta_linear.triton_signs import sign_items
 
 _AHEAD = tl.constexpr(512)
 """Columns of W that a waiting program brings to the second-level cache"""
@@ -73,12 +73,12 @@ def base_tile(
 @triton.jit
 def flat_kernel(
     X, W, BASE, SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, DELTA,
-    T, N, width, span, base_programs, blocks, M1, M2,
+    T, N, width, span, base_programs, sign_programs, blocks, M1, M2,
     K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
-    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [base_programs + blocks * segments]; without signs [base_programs]."""
+    """Grid [base_programs + sign_programs]."""
     program = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
@@ -88,10 +88,8 @@ def flat_kernel(
         )  # fmt: skip
     else:
         if WORDS is not None:
-            g = (program - base_programs) // blocks
-            block = (program - base_programs) % blocks
-            sign_block(
-                SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride,
-                DELTA, N, width, M1, M2,
-                KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
+            sign_items(
+                SLAB, TABLE, table_stride, SEGMENTS, program - base_programs, sign_programs, blocks, WORDS, XSCALE,
+                XSUM, words_stride, scale_stride, DELTA, N, width, M1, M2,
+                KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
             )  # fmt: skip

@@ -9,8 +9,10 @@ without waste. From 4 on, planes are taken from the highest down and the sums do
 registers hold the rows' products and nothing is summed over lanes. About 8 rows of one variant cost as much time as
 reading its signs; more of them reuse the signs in registers.
 
-A program owns GROUPS x TILES tiles of 16 outputs and all of K, which its warps share out. The signs of one plane are
-all requested before anything waits for them.
+An item is TILES tiles of 16 outputs of one segment, all of K, which a program's warps share out. A program takes one
+item after another and asks for the next one's signs before it multiplies with the last one's, so that some are always
+under way: what an item waits for in a row (its segment, its table, its signs) would else leave the memory idle.
+Variants of several planes or with column scales are taken one plane at a time, without that.
 
 Not covered: chips whose `mma.b1` is emulated or gone (`triton_unpack`). `xor.popc`, which would save the identity
 above, is emulated everywhere from 9.0 on.
@@ -49,17 +51,16 @@ def multiply(signs, planes, low, high):
 
 @triton.jit
 def _load_signs(at, tile, tiles, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """A tuple of int32 [TILES, WARPS * 128], one for each step along K. Tiles beyond the last repeat it."""
+    """A tuple of int32 [TILES, WARPS * 128], one for each step along K; anything where K has ended, or where the first
+    tile is not among the tiles. Tiles beyond the last repeat it."""
     e = tl.arange(0, WARPS * 128)[None, :]
     t = tl.minimum(tile + tl.arange(0, TILES), tiles - 1)[:, None].to(tl.int64)
+    room = tl.where(tile < tiles, KB * 128, 0)
     signs = ()
     for s in tl.static_range((KB + WARPS - 1) // WARPS):
         words = at + t * (KB * 128) + (s * WARPS * 128 + e)
-        if (s + 1) * WARPS <= KB:
-            signs = signs + (tl.load(words, eviction_policy="evict_first"),)
-        else:
-            inside = (e < (KB - s * WARPS) * 128) & (t >= 0)
-            signs = signs + (tl.load(words, mask=inside, other=0, eviction_policy="evict_first"),)
+        inside = (e < room - s * WARPS * 128) & (t >= 0)
+        signs = signs + (tl.load(words, mask=inside, eviction_policy="evict_first"),)
     return signs
 
 
@@ -161,32 +162,43 @@ def _row_values(XSCALE, XSUM, first, stop, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _product_rows(
-    signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
-    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr,
-    ROWS: tl.constexpr,
+def _some_rows(
+    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """All rows of one plane, ROWS at a time.
+    """Rows first .. first + ROWS of one plane, as far as stop."""
+    x_scale, x_sum = _row_values(XSCALE, XSUM, first, stop, ROWS)
+    planes = _load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
+    sums = _sums(signs, planes, WORDS, first, stop, KB, TILES, WARPS, ROWS)
+    row = first + tl.arange(0, ROWS)
+    n = tile * 16 + tl.arange(0, TILES * 16)
+    _store_rows(sums, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane, MANY)
 
-    A loop even where it runs once: what it takes in must have been loaded before. In a straight line the assembler
-    saves registers by asking for signs one after another.
-    """
-    STEPS: tl.constexpr = (KB + WARPS - 1) // WARPS
-    next_scale, next_sum = _row_values(XSCALE, XSUM, start, stop, ROWS)
-    for first in range(start, stop, ROWS):
-        x_scale, x_sum = next_scale, next_sum
-        next_scale, next_sum = _row_values(XSCALE, XSUM, first + ROWS, stop, ROWS)
-        planes = _load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
-        row = first + tl.arange(0, ROWS)
-        for group in tl.static_range(GROUPS):
-            sums = _sums(
-                signs[group * STEPS : (group + 1) * STEPS], planes, WORDS, first, stop, KB, TILES, WARPS, ROWS
-            )  # fmt: skip
-            n = (tile + group * TILES) * 16 + tl.arange(0, TILES * 16)
-            _store_rows(
-                sums, OUT, row, stop, n, outputs, limit, width, scales[group], x_scale, x_sum, zeros[group], plane,
-                MANY,
-            )  # fmt: skip
+
+@triton.jit
+def _rows(
+    signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scale, zero, plane,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr,
+):  # fmt: skip
+    """All rows of one plane, as many at a time as there are, up to 8."""
+    if stop - start == 1:
+        _some_rows(
+            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scale, zero, plane,
+            KB, TILES, WARPS, MANY, 1,
+        )  # fmt: skip
+    elif LONGEST > 1:
+        if (stop - start <= 4) | (LONGEST <= 4):
+            for first in range(start, stop, 4):
+                _some_rows(
+                    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
+                    KB, TILES, WARPS, MANY, 4,
+                )  # fmt: skip
+        else:
+            for first in range(start, stop, 8):
+                _some_rows(
+                    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
+                    KB, TILES, WARPS, MANY, 8,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -209,21 +221,67 @@ def member_of(block, M1, M2, tiles, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sign_block(
+def _item(SLAB, TABLE, table_stride, SEGMENTS, i, items, blocks, base_outputs, TILES: tl.constexpr):
+    """(start, stop, tile, outputs, words, scales) of an item: rows; first tile; how many outputs have signs, the others
+    are zeros; where signs and scales lie. Beyond the last item there are no rows and no outputs."""
+    last = tl.maximum(tl.minimum(i, items - 1), 0)
+    entry, start, stop = parts.segment(SEGMENTS, last // blocks)
+    at = entry * table_stride
+    outputs = tl.load(TABLE + at + parts.OUTPUTS)
+    outputs = tl.where(outputs > 0, outputs, base_outputs)
+    there = parts.has(TABLE, at, SIGN) & parts.has(TABLE, at, SCALE) & (tl.load(TABLE + at + PLANES) > 0)
+    words = parts.part(SLAB, TABLE, at, SIGN, tl.int32)
+    scales = parts.part(SLAB, TABLE, at, SCALE, tl.float32)
+    here = (i < items) & (entry > 0)
+    stop = tl.where(here, stop, start)
+    return start, stop, last % blocks * TILES, tl.where(here & there, outputs, 0), words, scales
+
+
+@triton.jit
+def _parts(tile, outputs, words, scales, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
+    n = tile * 16 + tl.arange(0, TILES * 16)
+    signs = _load_signs(words, tile, (outputs + 15) // 16, KB, TILES, WARPS)
+    return signs, tl.load(scales + n, mask=n < outputs, other=0.0)
+
+
+@triton.jit
+def _one_plane(
+    SLAB, TABLE, table_stride, SEGMENTS, program, programs, blocks, WORDS, XSCALE, XSUM, OUT, base_outputs, width,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Every `programs`-th item, of variants of one plane without column scales."""
+    items = tl.load(SEGMENTS + 3) * blocks
+    start, stop, tile, outputs, words, scales = _item(
+        SLAB, TABLE, table_stride, SEGMENTS, program, items, blocks, base_outputs, TILES
+    )  # fmt: skip
+    signs, scale = _parts(tile, outputs, words, scales, KB, TILES, WARPS)
+    start_2, stop_2, tile_2, outputs_2, words, scales = _item(
+        SLAB, TABLE, table_stride, SEGMENTS, program + programs, items, blocks, base_outputs, TILES
+    )  # fmt: skip
+    if PDL:
+        gdc_wait()
+    for i in range(program, items, programs):
+        signs_2, scale_2 = _parts(tile_2, outputs_2, words, scales, KB, TILES, WARPS)
+        start_3, stop_3, tile_3, outputs_3, words, scales = _item(
+            SLAB, TABLE, table_stride, SEGMENTS, i + 2 * programs, items, blocks, base_outputs, TILES
+        )  # fmt: skip
+        _rows(
+            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, width, width, scale, scale, 0,
+            KB, TILES, WARPS, False, LONGEST,
+        )  # fmt: skip
+        signs, scale, start, stop, tile, outputs = signs_2, scale_2, start_2, stop_2, tile_2, outputs_2
+        start_2, stop_2, tile_2, outputs_2 = start_3, stop_3, tile_3, outputs_3
+
+
+@triton.jit
+def _any_planes(
     SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
     base_outputs, width, M1, M2,
-    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
-    COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
+    MANY: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    """One block of outputs of one segment: OUT[row, n] of all its rows, zero where the variant has no signs.
-
-    Args:
-        base_outputs, width: N of the base; columns of OUT, N or more.
-        M1, M2: see `member_of`. MEMBERS: 1 where COLUMNS is not set.
-        LONGEST: most rows that a segment may have: 1, 4, or any number.
-    """
+    """One item, plane by plane."""
     entry, start, stop = parts.segment(SEGMENTS, g)
-    # What is asked about in a condition is loaded before it, all at once; the rest would wait for its outcome.
     if (stop > start) & (entry > 0):
         at = entry * table_stride
         outputs = tl.load(TABLE + at + parts.OUTPUTS)
@@ -231,27 +289,18 @@ def sign_block(
         there = parts.has(TABLE, at, SIGN) & parts.has(TABLE, at, SCALE)
         planes = tl.where(there, tl.load(TABLE + at + PLANES), 0)
         tiles = (outputs + 15) // 16
-        member, tile, member_stop = member_of(block, M1, M2, (width + 15) // 16, MEMBERS, GROUPS * TILES)
-        # Where a member's last block goes beyond it, the next member's first block writes instead.
+        member, tile, member_stop = member_of(block, M1, M2, (width + 15) // 16, MEMBERS, TILES)
+        # Where a member's last item goes beyond it, the next member's first writes instead.
         limit = tl.minimum(member_stop * 16, width)
         if (planes > 0) & (tile < tiles):
-            if MANY:
-                for plane in range(planes):
-                    _plane(
-                        SLAB, TABLE, at, plane, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride,
-                        scale_stride, OUT, outputs, limit, width,
-                        KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
-                    )  # fmt: skip
-            else:
+            for plane in range(planes):
                 _plane(
-                    SLAB, TABLE, at, planes * 0, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride,
+                    SLAB, TABLE, at, plane, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride,
                     scale_stride, OUT, outputs, limit, width,
-                    KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
+                    KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST,
                 )  # fmt: skip
         else:
-            if PDL:
-                gdc_wait()
-            n = tile * 16 + tl.arange(0, GROUPS * TILES * 16)
+            n = tile * 16 + tl.arange(0, TILES * 16)
             for row in range(start, stop):
                 tl.store(OUT + row * width + n, tl.zeros_like(n).to(tl.float32), mask=n < limit)
 
@@ -260,68 +309,75 @@ def sign_block(
 def _plane(
     SLAB, TABLE, at, plane, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
     outputs, limit, width,
-    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
-    COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
+    MANY: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     words = parts.part(SLAB, TABLE, at, SIGN, tl.int32) + plane * tiles * (KB * 128)
-    signs = ()
-    for group in tl.static_range(GROUPS):
-        signs = signs + _load_signs(words, tile + group * TILES, tiles, KB, TILES, WARPS)
-    scale = parts.part(SLAB, TABLE, at, SCALE, tl.float32) + plane * tiles * 16
-    scales = ()
-    zeros = ()
-    for group in tl.static_range(GROUPS):
-        n = (tile + group * TILES) * 16 + tl.arange(0, TILES * 16)
-        scales = scales + (tl.load(scale + n, mask=n < tiles * 16, other=0.0),)
-        if MANY:
-            first = tl.where((plane == 0) & parts.has(TABLE, at, ZERO), tiles * 16, 0)
-            zero = parts.part(SLAB, TABLE, at, ZERO, tl.float32)
-            zeros = zeros + (tl.load(zero + n, mask=n < first, other=0.0),)
-        else:
-            zeros = zeros + (n,)
-    if PDL:
-        gdc_wait()
+    signs = _load_signs(words, tile, tiles, KB, TILES, WARPS)
+    n = tile * 16 + tl.arange(0, TILES * 16)
+    scales = parts.part(SLAB, TABLE, at, SCALE, tl.float32) + plane * tiles * 16
+    scale = tl.load(scales + n, mask=n < tiles * 16, other=0.0)
+    zero = scale
+    if MANY:
+        first = tl.where((plane == 0) & parts.has(TABLE, at, ZERO), tiles * 16, 0)
+        zero = tl.load(parts.part(SLAB, TABLE, at, ZERO, tl.float32) + n, mask=n < first, other=0.0)
     if COLUMNS:
         sets = tl.where(parts.has(TABLE, at, COL), plane * MEMBERS + member, 0)
         WORDS += sets * words_stride
         XSCALE += sets * scale_stride
         XSUM += sets * scale_stride
-    if LONGEST == 1:
-        _product_rows(
-            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
-            KB, GROUPS, TILES, WARPS, MANY, 1,
-        )  # fmt: skip
-    elif stop - start == 1:
-        _product_rows(
-            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
-            KB, GROUPS, TILES, WARPS, MANY, 1,
-        )  # fmt: skip
-    elif (stop - start <= 4) | (LONGEST <= 4):
-        _product_rows(
-            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
-            KB, GROUPS, TILES, WARPS, MANY, 4,
-        )  # fmt: skip
-    else:
-        _product_rows(
-            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scales, zeros, plane,
-            KB, GROUPS, TILES, WARPS, MANY, 8,
-        )  # fmt: skip
+    _rows(
+        signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scale, zero, plane,
+        KB, TILES, WARPS, MANY, LONGEST,
+    )  # fmt: skip
     if MANY:
         tl.debug_barrier()  # the next plane adds to what this one wrote
 
 
 @triton.jit
+def sign_items(
+    SLAB, TABLE, table_stride, SEGMENTS, program, programs, blocks, WORDS, XSCALE, XSUM, words_stride, scale_stride,
+    OUT, base_outputs, width, M1, M2,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
+    MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """OUT[row, n] of all rows of a program's items, zero where a variant has no signs.
+
+    Args:
+        program, programs: which of how many share the items.
+        blocks: items of each segment.
+        base_outputs, width: N of the base; columns of OUT, N or more.
+        M1, M2: see `member_of`. MEMBERS: 1 where COLUMNS is not set.
+        LONGEST: most rows that a segment may have: 1, 4, or any number.
+    """
+    if MANY or COLUMNS:
+        if PDL:
+            gdc_wait()
+        for i in range(program, tl.load(SEGMENTS + 3) * blocks, programs):
+            _any_planes(
+                SLAB, TABLE, table_stride, SEGMENTS, i // blocks, i % blocks, WORDS, XSCALE, XSUM, words_stride,
+                scale_stride, OUT, base_outputs, width, M1, M2,
+                KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST,
+            )  # fmt: skip
+    else:
+        _one_plane(
+            SLAB, TABLE, table_stride, SEGMENTS, program, programs, blocks, WORDS, XSCALE, XSUM, OUT, base_outputs,
+            width, KB, TILES, WARPS, LONGEST, PDL,
+        )  # fmt: skip
+
+
+@triton.jit
 def sign_kernel(
     SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, base_outputs, width,
-    M1, M2,
-    KB: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
-    COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+    blocks, M1, M2,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
+    MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [blocks, segments]."""
+    """Grid [programs]."""
     if PDL:
         gdc_launch_dependents()
-    sign_block(
-        SLAB, TABLE, table_stride, SEGMENTS, tl.program_id(1), tl.program_id(0), WORDS, XSCALE, XSUM, words_stride,
-        scale_stride, OUT, base_outputs, width, M1, M2,
-        KB, GROUPS, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
+    sign_items(
+        SLAB, TABLE, table_stride, SEGMENTS, tl.program_id(0), tl.num_programs(0), blocks, WORDS, XSCALE, XSUM,
+        words_stride, scale_stride, OUT, base_outputs, width, M1, M2,
+        KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
     )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from kernels.delta_linear.choice import Config, rule
@@ -29,15 +27,10 @@ def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None
     )  # fmt: skip
 
 
-def pdl() -> None:
-    linear(QKV, 16, SIGNS, replace(rule(QKV, 16, SIGNS, b1=True), pdl=True))
-
-
 CASES = [
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
-    Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT),
+    Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "UBLKPF", "ACQBULK")}),
     Case("linear flat 4096x11008 T64", lambda: linear(DOWN, 64, SIGNS), FLAT),
-    Case("linear flat 12288x4096 T16 pdl", pdl, {90: (*FLAT[90], "UBLKPF")}, archs=(90,)),
     Case("linear base 12288x4096 T8", lambda: linear(QKV, 8, Kinds()), {80: ("HMMA.16816",), 90: ("HGMMA",)}),
     Case("linear signs 12288x4096 T256 columns", lambda: linear(QKV, 256, COLUMNS), BMMA),
     # Short loops of a known length are where products got lost.

@@ -11,7 +11,7 @@ import torch
 from kernels import fragments
 from kernels.delta_linear.reference import matrix
 from kernels.deltas import DenseDelta, LinearDelta, LowRankDelta, RowsDelta, SignDelta
-from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target
+from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32, torch.float16]
@@ -243,7 +243,7 @@ def rows(entries: Sequence[int], *, padding: int = 0, spare_segments: int = 0) -
     """Rows grouped by entry; `padding` rows of entry 0 and `spare_segments` empty segments follow."""
     grouped = sorted(entries)
     distinct = sorted({e for e in grouped if e > 0})
-    segments = [[e, grouped.index(e), grouped.index(e) + grouped.count(e), 0] for e in distinct]
+    segments = segment_table([(e, grouped.index(e), grouped.index(e) + grouped.count(e)) for e in distinct])
     segments += [[0, 0, 0, 0]] * (spare_segments or (not segments))
     return Rows(
         torch.tensor([*grouped, *[0] * padding], dtype=torch.int32, device=DEVICE),

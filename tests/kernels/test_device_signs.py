@@ -112,7 +112,7 @@ def test_every_kind_in_one_batch(config: Config, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lengths", [[1], [1, 3], [4], [2, 1, 5, 8, 9], [33]], ids=str)
 @pytest.mark.parametrize(
-    "config", [TWO, replace(TWO, warps=8, tiles=1, groups=2), Config("unpack")], ids=["signs", "groups", "unpack"]
+    "config", [TWO, replace(TWO, warps=8, tiles=1, resident=2), Config("unpack")], ids=["signs", "fewer", "unpack"]
 )
 def test_segments_of_every_length(lengths: list[int], config: Config) -> None:
     """Kernels take one, four or eight rows of a variant at a time."""
@@ -128,8 +128,8 @@ def test_settings_do_not_change_a_bit() -> None:
     batch = rows([1, 2, 3, 3, 3, 3, 3])
     x = activations(7, 260, torch.float32)
     results = [
-        run(made, target, batch, x, Config("signs", tiles=tiles, groups=groups, warps=warps))[1].delta_TN
-        for tiles, groups, warps in ((1, 1, 4), (4, 1, 4), (1, 2, 8))
+        run(made, target, batch, x, Config("signs", tiles=tiles, resident=resident, warps=warps))[1].delta_TN
+        for tiles, resident, warps in ((1, 1, 4), (4, 1, 4), (1, 2, 8))
     ]
     assert results[0] is not None
     for result in results[1:]:

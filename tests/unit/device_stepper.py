@@ -22,7 +22,7 @@ from bitdelta_core.models.variant import DeltaConfigLike
 from bitdelta_core.models.weights import Weights
 from kernels.delta_linear import choice
 from kernels.delta_linear.wide import row_tiles
-from kernels.device import UNIT
+from kernels.device import UNIT, segment_table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE: torch.dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -165,8 +165,8 @@ class DeviceStepper:
             starts.append(at)
         host.set_starts(starts)
         segments = _segments([(seq.slot + 1, rows) for seq, rows in work])
-        with_deltas = [[*segment, 0] for segment in segments if segment[0] > 0]
-        host.segments_G4[: len(with_deltas)] = host.logit_segments_G4[: len(with_deltas)] = with_deltas or 0
+        table = segment_table(segments)
+        host.segments_G4[: len(table)] = host.logit_segments_G4[: len(table)] = table or 0
         return segments
 
     def _poison(self) -> None:
