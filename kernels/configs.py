@@ -39,13 +39,9 @@ def nearest(
 
 def _powers(rows: int) -> Iterator[int]:
     """Of two, the nearest first."""
-    exact = power = 1 << (rows - 1).bit_length()
-    while power <= _MOST_ROWS:
-        yield power
-        power *= 2
-    while exact > 1:
-        exact //= 2
-        yield exact
+    exact, most = (rows - 1).bit_length(), _MOST_ROWS.bit_length()
+    yield from (1 << n for n in range(exact, max(exact + 1, most)))
+    yield from (1 << n for n in reversed(range(exact)))
 
 
 def path(op: str, device_name: str) -> Path:

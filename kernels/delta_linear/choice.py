@@ -48,8 +48,8 @@ class Config:
 
 
 def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> Config:
-    """What was measured on this chip for this shape and the nearest number of rows, else the rule; signs are unpacked where the
-    binary tensor core is missing or fails its check."""
+    """What was measured on this chip for this shape and the nearest number of rows, else the rule; signs are unpacked
+    where the binary tensor core is missing or fails its check."""
     device = torch.device(device)
     if device.type != "cuda":
         return rule(target, rows, kinds, b1=False)

@@ -66,10 +66,18 @@ class PrefillConfig:
 
 def choose_decode(rows: int, kv_heads: int, group: int, head_dim: int, device: torch.device) -> DecodeConfig:
     if device.type == "cuda":
-        key = decode_key(rows, kv_heads, group, head_dim)
-        if (found := configs.lookup("paged_attention", torch.cuda.get_device_name(device), key)) is not None:
-            return DecodeConfig(**found)
+        name = torch.cuda.get_device_name(device)
+        found = configs.nearest("paged_attention", name, rows, lambda n: decode_key(n, kv_heads, group, head_dim))
+        if found is not None:
+            return _for_rows(DecodeConfig(**found[1]), found[0], rows)
     return decode_rule(rows, kv_heads, group, head_dim, Chip.of(device))
+
+
+def _for_rows(config: DecodeConfig, measured: int, rows: int) -> DecodeConfig:
+    """Settings measured with other rows: shorter units for fewer rows, so that programs still have work; the splits
+    are those that the workspace is made for."""
+    share = min(1.0, triton.next_power_of_2(rows) / measured)
+    return replace(config, chunk=max(config.tile, int(config.chunk * share)), splits=splits_of(rows))
 
 
 def choose_prefill(max_query: int, group: int, head_dim: int, device: torch.device) -> PrefillConfig:

@@ -71,9 +71,21 @@ def test_measured_configurations_come_first(on_h200: Path) -> None:
     on_h200.write_text(json.dumps({key(target, 8, SIGNS): settings(measured)}))
     assert choose(target, 7, SIGNS, device) == measured
     assert split_of(target, 5, SIGNS, device) == 8
-    assert choose(target, 9, SIGNS, device) == rule(target, 9, SIGNS, b1=True)
     for kinds in (KINDS["base"], KINDS["columns"]):
         assert choose(target, 8, kinds, device) == rule(target, 8, kinds, b1=True)
+
+
+def test_the_nearest_measured_rows_serve(on_h200: Path) -> None:
+    """Exact, else the next larger, else the next smaller; more than FLAT_ROWS take none of fewer rows."""
+    target, device = Target(0, 4096, 4096), torch.device("cuda")
+    measured = {rows: Config("flat", stages=rows) for rows in (2, 8, 64)}
+    on_h200.write_text(json.dumps({key(target, rows, SIGNS): settings(c) for rows, c in measured.items()}))
+    for rows, nearest in {1: 2, 2: 2, 3: 8, 8: 8, 9: 64, FLAT_ROWS: 64}.items():
+        assert choose(target, rows, SIGNS, device) == measured[nearest]
+    assert choose(target, FLAT_ROWS + 1, SIGNS, device) == rule(target, FLAT_ROWS + 1, SIGNS, b1=True)
+    on_h200.write_text(json.dumps({key(target, rows, SIGNS): settings(measured[rows]) for rows in (2, 8)}))
+    configs._table.cache_clear()
+    assert choose(target, 40, SIGNS, device) == measured[8]
 
 
 def test_a_chip_that_fails_its_check_unpacks(on_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
