@@ -22,7 +22,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels import launches
 from kernels.device import FIELDS, UNIT, DeviceDeltas, Field, Kinds, Planes, Target
 from kernels.fragments import TILE_COLUMNS, tiles
 
@@ -134,15 +136,19 @@ def _store_set(x, part, WORDS, SCALE, SUM, row, which, blocks, KS: tl.constexpr)
 @triton.jit
 def _prepare(
     X, WORDS, SCALE, SUM, FLOATS, TABLE, ENTRY, target, targets, K, words_stride, scale_stride, blocks,
-    MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr,
+    MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     which = tl.program_id(1)
+    table_row = TABLE + (tl.load(ENTRY + row) * targets + target) * _FIELDS
+    if PDL:
+        gdc_wait()
     k = tl.arange(0, KP)
     x = tl.load(X + row * K + k, mask=k < K, other=0.0).to(tl.float32)
     k = which * KS + tl.arange(0, KS)
     part = tl.load(X + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    table_row = TABLE + (tl.load(ENTRY + row) * targets + target) * _FIELDS
     store_row(
         x, part, WORDS, SCALE, SUM, FLOATS, table_row, row, which, words_stride, scale_stride, blocks,
         MEMBERS, COLUMNS, KP, KS,
@@ -178,11 +184,12 @@ def prepare_planes(
     assert x_TK.is_contiguous()
     assert inputs == target.inputs <= MAX_INPUTS, f"{inputs} inputs, the target has {target.inputs}"
     width, whole, table = slice_width(inputs, parts), triton.next_power_of_2(inputs), deltas.table_EJF
+    pdl = launches.early(x_TK)
     _prepare[(rows, triton.cdiv(inputs, width))](
         x_TK, planes.words_CTW, planes.scale_CT, planes.sum_CT, deltas.slab.view(torch.float32), table, entry_T,
         target.index, table.shape[1], inputs, planes.words_CTW.stride(0), planes.scale_CT.stride(0),
         tiles(1, inputs)[1], MEMBERS=len(target.members), COLUMNS=kinds.columns, KP=max(whole, width),
-        KS=width, num_warps=warps_of(whole),
+        KS=width, PDL=pdl, num_warps=warps_of(whole), **launches.options(pdl),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from kernels import launches
 from kernels.device import DeviceDeltas, Kinds, Target
 from kernels.embedding.triton_embed import embed_kernel
 from kernels.rows import check_contiguous
@@ -42,9 +43,10 @@ def embed(
     check_contiguous(tokens_T, source_T, sampled_S, weight_VK, entry_T, out_TK)
     width = min(_WIDTH, max(256, triton.next_power_of_2(inputs)))
     slab = deltas.slab
+    # Launched plainly: it is the first of a step.
     embed_kernel[(rows, triton.cdiv(inputs, width))](
         tokens_T, source_T, sampled_S, weight_VK, slab.view(weight_VK.dtype), slab.view(torch.float32),
         slab.view(torch.int32), deltas.table_EJF, entry_T, out_TK, weight_VK.shape[0], target.index,
         deltas.table_EJF.shape[1], K=inputs, KS=width, SIGNS=kinds.signs, COLUMNS=kinds.columns, RANK=kinds.rank > 0,
-        DENSE=kinds.dense, ROWS=kinds.rows, num_warps=4,
+        DENSE=kinds.dense, ROWS=kinds.rows, PDL=launches.early(out_TK), num_warps=4,
     )  # fmt: skip

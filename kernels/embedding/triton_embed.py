@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kernels.device import FIELDS, UNIT, Field
 
@@ -100,13 +101,15 @@ def _replaced(INTS, FIELD, token):
 def embed_kernel(
     TOKENS, SOURCE, SAMPLED, WEIGHT, VALUES, FLOATS, INTS, TABLE, ENTRY, OUT, vocabulary, target, targets,
     K: tl.constexpr, KS: tl.constexpr, SIGNS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-    DENSE: tl.constexpr, ROWS: tl.constexpr,
+    DENSE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, which): columns which * KS on.
 
     Args:
         VALUES, FLOATS, INTS: the slab as the compute dtype, float32 and int32. RANK, ..: kinds that rows may have.
     """
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     which = tl.program_id(1)
     k = which * KS + tl.arange(0, KS)

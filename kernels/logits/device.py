@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from kernels import launches
 from kernels.device import Partials
 from kernels.logits.triton_logits import logits_kernel
 from kernels.rows import check_contiguous, partial_arguments
@@ -27,6 +28,8 @@ def logits(partials: Partials, entry_L: torch.Tensor, vocab_E: torch.Tensor, out
     assert out_LV.dtype == torch.float32
     check_contiguous(entry_L, vocab_E, out_LV)
     added, constants = partial_arguments(partials, rows, columns)
+    pdl = launches.early(out_LV)
     logits_kernel[(rows, triton.cdiv(columns, _WIDTH))](
-        *added, entry_L, vocab_E, out_LV, rows, columns, WIDTH=_WIDTH, **constants, num_warps=4
-    )
+        *added, entry_L, vocab_E, out_LV, rows, columns, WIDTH=_WIDTH, **constants, PDL=pdl, num_warps=4,
+        **launches.options(pdl),
+    )  # fmt: skip

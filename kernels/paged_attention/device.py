@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from kernels import launches
 from kernels.device import DeviceDeltas, Kinds, Planes, Target
 from kernels.paged_attention.choice import (
     MOST_SPLITS,
@@ -110,12 +111,13 @@ def decode(
     assert rows * kv_heads <= workspace.arrived.numel()
     assert all(t.is_contiguous() for t in (q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC))
     padded_group = triton.next_power_of_2(group)
+    pdl = launches.early(q_THD)
     decode_kernel[(min(config.programs, rows * kv_heads * config.splits),)](
         q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, *workspace.tensors, rows,
         block_tables_SM.shape[1], window or _UNBOUNDED, config.chunk, config.splits, _scale(dim), KV_HEADS=kv_heads,
         GROUP=group, GP=max(16, padded_group), D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=padded_rows(rows),
-        TILE=config.tile, RP=padded_group, SP=MOST_SPLITS, STEP=max(1, 8 // padded_group), num_warps=config.warps,
-        num_stages=config.stages,
+        TILE=config.tile, RP=padded_group, SP=MOST_SPLITS, STEP=max(1, 8 // padded_group), PDL=pdl,
+        num_warps=config.warps, num_stages=config.stages, **launches.options(pdl),
     )  # fmt: skip
     if planes is not None and target is not None:
         prepare_planes(out_TC, planes, target, deltas, entry_T, kinds)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def decode_kernel(
     Q, CACHE, TABLES, CONTEXTS, OUT, PARTIAL, STATS, ARRIVED, sequences, table_width, window, chunk, most, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     Args:
@@ -125,12 +126,16 @@ def decode_kernel(
         scale: of scores, times log2(e).
         ROWS, RP, SP, DP: powers of two, at least sequences, GROUP, most, D. GP: RP, but at least 16.
     """
+    if PDL:
+        gdc_launch_dependents()
     STRIDE: tl.constexpr = 2 * KV_HEADS * BLOCK * D
     rows = tl.arange(0, ROWS)
     seens = tl.minimum(tl.load(CONTEXTS + rows, mask=rows < sequences, other=0), window)
     counts = tl.maximum(tl.cdiv(seens, split_length(seens, chunk, most, TILE)), 1)
     ends = tl.cumsum(tl.where(rows < sequences, counts, 0), 0)
     units = tl.max(ends, 0) * KV_HEADS
+    if PDL:
+        gdc_wait()
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         head = unit % KV_HEADS
         index = unit // KV_HEADS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels import launches
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
 from kernels.rms_norm.triton_add_norm import add_norm_kernel
 from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, row_config, span_start
@@ -51,9 +52,10 @@ def add_norm(
     config = row_config("rms_norm", count, inputs, out_TK.device)
     plane, constants, parts = plane_arguments(planes, target, deltas, kinds, count, inputs, config.parts)
     assert planes is None or residual_out_TK is not residual_TK, "the residual is read while it is written"
+    pdl = launches.early(out_TK)
     add_norm_kernel[(count, parts)](
         residual_TK, *added, deltas.slab.view(out_TK.dtype), deltas.vectors_E, entry_T, rows_L, residual_out_TK, out_TK,
         *plane[:5], eps, rows, span_start(span, inputs), span_start(bias_span, inputs), *plane[5:], K=inputs,
         KP=padded(inputs), **added_constants, HAS_BIAS=bias_span is not None, HAS_ROWS=rows_L is not None,
-        KEEP=residual_out_TK is not None, **constants, num_warps=config.warps,
+        KEEP=residual_out_TK is not None, **constants, PDL=pdl, num_warps=config.warps, **launches.options(pdl),
     )  # fmt: skip

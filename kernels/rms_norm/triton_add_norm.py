@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import FIELDS
 from kernels.planes import quantize, store_planes, sum_partials
@@ -44,7 +45,7 @@ def add_norm_kernel(
     eps, T, weight, bias, target, targets, words_stride, scale_stride,
     K: tl.constexpr, KP: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr, KEEP: tl.constexpr, PLANES: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
-    KS: tl.constexpr, EACH: tl.constexpr,
+    KS: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): the whole row in registers; EACH slices of its planes; the first writes all else.
 
@@ -52,6 +53,8 @@ def add_norm_kernel(
         weight, bias: where they begin in each entry's block of vectors.
         SPLIT: base partials; 0: nothing is added. KEEP: write RESIDUAL_OUT. HAS_ROWS: of ROWS[row], not of row.
     """
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     part = tl.program_id(1)
     source = row
@@ -61,6 +64,8 @@ def add_norm_kernel(
     k = tl.arange(0, KP)
     WEIGHT = vector_pointer(SLAB, STARTS, entry, weight)
     w = tl.load(WEIGHT + k, mask=k < K, other=0.0)
+    if PDL:
+        gdc_wait()
     x = _stream(RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, k, T, K, SPLIT, HAS_DELTA, HAS_BIAS)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
     y = _scaled(x, rstd, w)

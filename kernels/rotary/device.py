@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from kernels import launches
 from kernels.device import DeviceDeltas, Partials
 from kernels.rotary.triton_cos_sin import cos_sin_kernel
 from kernels.rotary.triton_rope_cache import rope_cache_kernel
@@ -58,9 +59,10 @@ def cos_sin(
     assert half > 1
     assert tables.values_EF.shape[1] == half + 3
     check_contiguous(positions_T, entry_T, tables.values_EF, cos_TH, sin_TH)
+    pdl = launches.early(cos_TH)
     cos_sin_kernel[(rows,)](
         positions_T, entry_T, tables.values_EF, cos_TH, sin_TH, HALF=half, WIDTH=triton.next_power_of_2(half),
-        num_warps=1,
+        PDL=pdl, num_warps=1, **launches.options(pdl),
     )  # fmt: skip
 
 
@@ -102,9 +104,11 @@ def rope_and_cache(
     width = triton.next_power_of_2(dim // 2)
     group = max(1, _GROUP_PAIRS // width)
     added, added_constants = partial_arguments(partials_qkv, rows, total * dim)
+    pdl = launches.early(q_out_THD)
     rope_cache_kernel[(rows, triton.cdiv(total, group))](
         *added, deltas.slab.view(q_out_THD.dtype), deltas.vectors_E, entry_T, cos_TH, sin_TH, kv_slots_T, q_out_THD,
         cache_B2GSD, eps, rows, span_start(bias, total * dim), span_start(q_norm, dim), span_start(k_norm, dim),
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, BLOCK_SIZE=cache_B2GSD.shape[3], GROUP=group, WIDTH=width,
-        **added_constants, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, num_warps=1,
+        **added_constants, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, PDL=pdl, num_warps=1,
+        **launches.options(pdl),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # pi / 2 in parts (Cody and Waite 1980): products of the first two with counts below 2^19 are exact.
 _TURN_1 = tl.constexpr(1.5625)
@@ -29,8 +30,10 @@ def _cos_sin_of(x):
 
 
 @triton.jit
-def cos_sin_kernel(POSITIONS, ENTRY, TABLE, COS, SIN, HALF: tl.constexpr, WIDTH: tl.constexpr):
+def cos_sin_kernel(POSITIONS, ENTRY, TABLE, COS, SIN, HALF: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
     """Program: a row. A row of TABLE: HALF inverse frequencies, then scaling, growth, start."""
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     i = tl.arange(0, WIDTH)
     mine = TABLE + tl.load(ENTRY + row) * (HALF + 3)
@@ -44,5 +47,7 @@ def cos_sin_kernel(POSITIONS, ENTRY, TABLE, COS, SIN, HALF: tl.constexpr, WIDTH:
     slower = tl.exp2(tl.log2(stretch) * (i.to(tl.float32) * (-1.0 / (HALF - 1))))
     frequency = tl.where(stretch > 1.0, frequency * slower, frequency)
     cos, sin = _cos_sin_of(position.to(tl.float32) * frequency)
+    if PDL:
+        gdc_wait()
     tl.store(COS + row * HALF + i, cos * scaling, mask=i < HALF)
     tl.store(SIN + row * HALF + i, sin * scaling, mask=i < HALF)

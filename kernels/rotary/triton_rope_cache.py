@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.planes import sum_partials
 from kernels.rows import vector_pointer
@@ -25,12 +26,15 @@ def rope_cache_kernel(
     BASE, DELTA, SLAB, STARTS, ENTRY, COS, SIN, SLOTS, Q, CACHE, eps, T, bias, q_norm, k_norm,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, which): heads which * GROUP on of q, k and v, one after another, as two halves [GROUP, WIDTH].
 
     Args:
         bias, q_norm, k_norm: where they begin in each entry's block of vectors.
     """
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     entry = tl.load(ENTRY + row)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
@@ -38,6 +42,8 @@ def rope_cache_kernel(
     total: tl.constexpr = HEADS + 2 * KV_HEADS
     inside = (head < total) & (i < HALF)
     at = head * (2 * HALF) + i
+    if PDL:
+        gdc_wait()
     x = sum_partials(BASE, DELTA, row, at, inside, T, total * 2 * HALF, entry, SPLIT, HAS_DELTA)
     y = sum_partials(BASE, DELTA, row, at + HALF, inside, T, total * 2 * HALF, entry, SPLIT, HAS_DELTA)
     if HAS_BIAS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from kernels import launches
 from kernels.sampling.rows import Sampled, SamplingRows, Wants
 from kernels.sampling.triton_sample import best_kernel, mass_kernel, rank_kernel, weigh_kernel
 from kernels.sampling.triton_truncate import cut_kernel, gather_kernel
@@ -45,7 +46,8 @@ def sample(
     cut = {"HAS_COUNTS": counts_QV is not None, "BLOCK": config.columns}
     ended = {"PADDED": triton.next_power_of_2(grid[0])}
     # Fused multiply-adds round otherwise than the specification. Left to itself, ptxas saves registers until it spills.
-    launch = {"num_warps": config.warps, "enable_fp_fusion": False, "maxnreg": 168}
+    pdl = launches.early(logits_SV)
+    launch = {"num_warps": config.warps, "enable_fp_fusion": False, "maxnreg": 168, "PDL": pdl, **launches.options(pdl)}
     best_kernel[grid](
         *given, words, w.best_SB, w.where_SB, w.sum_SB, *histogram, *stages, count, *strides, slices, **cut,
         **ended, RANDOM=wants.random, TRUNCATED=wants.truncated, RANKS=wants.ranks, BINS=BINS, **launch,

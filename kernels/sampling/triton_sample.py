@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.sampling.triton_common import (
     BEST_LOGIT,
@@ -54,8 +55,11 @@ def best_kernel(
     LOGITS, COUNTS, FIELDS, OUT, BEST, WHERE, SUM, HIST_COUNT, HIST_WEIGHT, STATE, LEVEL, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, RANDOM: tl.constexpr, TRUNCATED: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1)
     LINE = FIELDS + row * LINE_WIDTH
     if tl.load(LINE + VOCAB) == 0:
@@ -125,8 +129,11 @@ def weigh_kernel(
     LOGITS, COUNTS, FIELDS, OUT, MASS, HIST_COUNT, HIST_WEIGHT, STATE, LEVEL, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, TRUNCATED: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
@@ -157,8 +164,11 @@ def weigh_kernel(
 @triton.jit
 def mass_kernel(
     LOGITS, COUNTS, FIELDS, OUT, MASS, STATE, LEVEL, TICKETS, rows, stride, counts_stride, width, slice_stride,
-    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
@@ -216,8 +226,11 @@ def _draw(
 @triton.jit
 def rank_kernel(
     LOGITS, COUNTS, FIELDS, OUT, STATE, LEVEL, rows, stride, counts_stride, width,
-    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.sampling.triton_common import (
     CUT_ID,
@@ -97,8 +98,11 @@ def bracket(STATES, HIST_COUNT_H, HIST_WEIGHT_H, top_k, top_p, BINS: tl.constexp
 @triton.jit
 def gather_kernel(
     LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, LEVEL, TICKETS, stride, counts_stride, width,
-    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1)
     LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:
@@ -184,9 +188,12 @@ def _select(
 @triton.jit
 def cut_kernel(
     LOGITS, COUNTS, FIELDS, LIST_LOGIT, LIST_ID, STATE, LEVEL, TICKETS, stride, counts_stride, width,
-    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The last logit that is kept, and the last id of those that have it: by count, then by weight, then by id."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)
     LINE, STATES, LEVELS = FIELDS + row * LINE_WIDTH, STATE + row * STATE_WIDTH, LEVEL + row * LEVEL_WIDTH
     if tl.load(LINE + VOCAB) == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from kernels import launches
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
 from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, row_config, span_start, warps_of
 from kernels.silu_mul.triton_silu_mul import silu_mul_kernel
@@ -45,9 +46,10 @@ def silu_mul(
     if planes is None:
         constants["KS"] = min(padded(inputs), _PLAIN_WIDTH)
         parts = triton.cdiv(inputs, constants["KS"])
+    pdl = launches.early(out_TI)
     silu_mul_kernel[(rows, parts)](
         *added, deltas.slab.view(out_TI.dtype), deltas.vectors_E, entry_T, out_TI, *plane[:5], rows,
         span_start(bias_span, 2 * inputs), *plane[5:], INNER=inputs, CHUNK=chunk, CHUNKS=triton.cdiv(inputs, chunk),
         **added_constants, HAS_BIAS=bias_span is not None, **constants,
-        num_warps=warps_of(constants["KS"]) if planes is None else config.warps,
+        PDL=pdl, num_warps=warps_of(constants["KS"]) if planes is None else config.warps, **launches.options(pdl),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import FIELDS
 from kernels.planes import quantize, store_planes, sum_partials
@@ -38,7 +39,7 @@ def silu_mul_kernel(
     T, bias, target, targets, words_stride, scale_stride,
     INNER: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr, PLANES: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, KS: tl.constexpr,
-    EACH: tl.constexpr,
+    EACH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): one slice of the row; with PLANES EACH of them, and the whole row for its statistics.
 
@@ -46,11 +47,15 @@ def silu_mul_kernel(
         bias: where gate's and up's begin in each entry's block of vectors.
         CHUNK, CHUNKS: the tiles that the whole row is in: less padding than one.
     """
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     part = tl.program_id(1)
     entry = tl.load(ENTRY + row)
     dtype: tl.constexpr = OUT.dtype.element_ty
     BIAS = vector_pointer(SLAB, STARTS, entry, bias)
+    if PDL:
+        gdc_wait()
     if not PLANES:
         at = part * KS + tl.arange(0, KS)
         own = _activated(BASE, DELTA, BIAS, row, entry, at, T, dtype, INNER, SPLIT, HAS_DELTA, HAS_BIAS)

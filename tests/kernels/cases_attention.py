@@ -13,7 +13,7 @@ from tests.kernels.compile_harness import Case
 from tests.kernels.meta import entries, ints, meta, tables
 
 COPIES = "LDGSTS.*128"
-DECODE = {80: ("HMMA", COPIES, "ATOM"), 90: ("HMMA", COPIES, "ATOM")}
+DECODE = {80: ("HMMA", COPIES, "ATOM"), 90: ("HMMA", COPIES, "ATOM", "ACQBULK", "PREEXIT")}
 PREFILL = {80: ("HMMA", COPIES), 90: ("HGMMA", COPIES)}
 SHARED = {80: ("HMMA", COPIES, "ATOM"), 90: ("HGMMA", COPIES, "ATOM")}
 

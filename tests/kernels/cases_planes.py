@@ -15,6 +15,6 @@ def _prepare(rows: int, inputs: int, kinds: Kinds) -> None:
 
 
 CASES = [
-    Case("planes 4096", lambda: _prepare(16, 4096, Kinds(signs=True)), {90: ("STG",)}),
+    Case("planes 4096", lambda: _prepare(16, 4096, Kinds(signs=True)), {90: ("STG", "ACQBULK", "PREEXIT")}),
     Case("planes 11008, columns", lambda: _prepare(1, 11008, Kinds(signs=True, columns=True, planes=2))),
 ]
