@@ -35,6 +35,12 @@ _COL = tl.constexpr(int(Field.COL))
 _PLANES = tl.constexpr(int(Field.PLANES))
 _FIELDS = tl.constexpr(FIELDS)
 _FLOATS = tl.constexpr(UNIT // 4)
+_WARPS = 4
+_NARROW = 4096
+"""Columns of a row, up to which programs that write planes have so many warps; beyond, twice as many"""
+_FEW = 32
+"""Rows, up to which there are multiprocessors to spare for several programs a row"""
+_MOST_WARPS = 16
 
 
 @triton.jit
@@ -64,105 +70,153 @@ def quantize(x, amax):
 
 
 @triton.jit
-def store_planes(q, WORDS, row_offset, first_block, blocks, KS: tl.constexpr):
-    """Write the planes of q, int32 [KS], which are the columns from first_block * 256 on.
+def eights(first, KS: tl.constexpr):
+    """[KS // 8, 4]: columns first + 8 i + 0..3, the first halves of eight columns each. A thread that loads 16 bytes of
+    these and of those 4 further has all eight, which is what `store_planes` wants."""
+    return first + tl.arange(0, KS // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def _byte_rows(q):
+    """Of int32 [E, 4]: uint32 [E] of the four low bytes, and of the four next ones."""
+    even, odd = tl.split(tl.reshape(q.to(tl.uint32, bitcast=True), (q.shape[0], 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    low = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+    high = ((a >> 8) & 0xFF) | (b & 0xFF00) | ((c & 0xFF00) << 8) | ((d & 0xFF00) << 16)
+    return low, high
+
+
+@triton.jit
+def _transposed(x, y):
+    """8 x 8 bits, a byte a row, four rows in x and in y: rows become columns. (Warren, Hacker's Delight, 7-3.)"""
+    t = (x ^ (x >> 7)) & 0x00AA00AA
+    x = x ^ t ^ (t << 7)
+    t = (y ^ (y >> 7)) & 0x00AA00AA
+    y = y ^ t ^ (t << 7)
+    t = (x ^ (x >> 14)) & 0x0000CCCC
+    x = x ^ t ^ (t << 14)
+    t = (y ^ (y >> 14)) & 0x0000CCCC
+    y = y ^ t ^ (t << 14)
+    t = (x ^ (y << 4)) & 0xF0F0F0F0
+    return x ^ t, y ^ (t >> 4)
+
+
+@triton.jit
+def store_planes(first, second, WORDS, row_offset, first_block, blocks, KS: tl.constexpr):
+    """Write the planes of KS columns of a row, from first_block * 256 on, in bytes: of eight columns, a thread has one
+    byte of every plane, and those of its neighbours follow in memory. Nothing passes between threads.
 
     Args:
+        first, second: q, int32 [KS // 8, 4], at columns `eights` and at those 4 further.
         WORDS: `Planes.words_CTW`; the words of this row of this set begin at row_offset.
         blocks: B of the row. Blocks from there on are not written.
         KS: a power of two, at least 256.
     """
-    shift = tl.arange(0, 8)
-    # Two columns 8 apart in one word; then planes p and p + 8 of both are bits 0, 8, 16 and 24 of word >> p.
-    pair = tl.reshape(q & 0xFFFF, (KS // 32, 2, 2, 8))
-    pair = tl.sum(pair << (16 * tl.arange(0, 2))[None, None, :, None], 2)
-    bits = (pair[:, None, :, :] >> shift[None, :, None, None]) & 0x01010101
-    quad = tl.sum(bits << shift[None, None, None, :], 3)
-    half = (16 * tl.arange(0, 2))[None, None, :]
-    low = tl.sum(((quad & 0xFF) | ((quad >> 8) & 0xFF00)) << half, 2)
-    high = tl.sum((((quad >> 8) & 0xFF) | ((quad >> 16) & 0xFF00)) << half, 2)
-    group = tl.arange(0, KS // 32)[:, None]
-    block = first_block + group // 8
-    word = (shift[None, :] * 4 + group % 4) * 4 + (group % 8) // 4
-    at = WORDS + row_offset + block * 128 + word
-    tl.store(at, low, mask=block < blocks)
-    tl.store(at + 2, high, mask=block < blocks)
+    low_1, high_1 = _byte_rows(first)
+    low_2, high_2 = _byte_rows(second)
+    p0, p4 = _transposed(low_1, low_2)
+    p8, p12 = _transposed(high_1, high_2)
+    # Bit operators, which hide from the compiler that bytes follow one another: it would bring them together.
+    i = tl.arange(0, KS // 8)
+    block = first_block + (i >> 5)
+    byte = (((i >> 2) & 3) << 4) | (((i >> 4) & 1) << 2) | (i & 3)
+    at = WORDS.to(tl.pointer_type(tl.uint8)) + (row_offset + block * 128).to(tl.int64) * 4 + byte
+    there = block < blocks
+    for p in tl.static_range(4):
+        tl.store(at + p * 64, (p0 >> (8 * p)).to(tl.uint8), mask=there)
+        tl.store(at + p * 64 + 8, (p8 >> (8 * p)).to(tl.uint8), mask=there)
+        tl.store(at + p * 64 + 256, (p4 >> (8 * p)).to(tl.uint8), mask=there)
+        tl.store(at + p * 64 + 264, (p12 >> (8 * p)).to(tl.uint8), mask=there)
+
+
+@triton.jit
+def column_sets(TABLE_ROW, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many column sets a row has planes of: one, unless its variant has column scales.
+
+    Args:
+        TABLE_ROW: `table_EJF` at the row's entry and the target. COLUMNS: whether any variant has column scales.
+    """
+    sets = 1
+    if COLUMNS:
+        sets = tl.where(tl.load(TABLE_ROW + _COL) >= 0, tl.load(TABLE_ROW + _PLANES) * MEMBERS, 1)
+    return sets
+
+
+@triton.jit
+def columns_at(FLOATS, TABLE_ROW, c, k, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The column scales of set c at columns k, 1 where the row's variant has none. FLOATS: the slab as float32."""
+    scales = 1.0
+    if COLUMNS:
+        offset = tl.load(TABLE_ROW + _COL)
+        SET = FLOATS + offset.to(tl.int64) * _FLOATS + c * (BLOCKS * 256)
+        scales = tl.load(SET + k, mask=k < tl.where(offset >= 0, BLOCKS * 256, 0), other=1.0)
+    return scales
 
 
 @triton.jit
 def store_row(
-    x, part, WORDS, SCALE, SUM, FLOATS, TABLE_ROW, row, which, words_stride, scale_stride, blocks,
-    MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr,
+    x, first, second, WORDS, SCALE, SUM, FLOATS, TABLE_ROW, row, part, words_stride, scale_stride,
+    MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
     """Every column set of one slice of one row; the first slice's program writes scale and sum.
 
     Args:
         x: float32 [KP], the whole row, zero beyond K. KP: a power of two, at least K.
-        part: float32 [KS], its columns from which * KS on, zero beyond K; x itself where KS is KP.
+        first, second: float32 [KS // 8, 4], its columns part * KS + `eights`, and those 4 further, zero beyond K.
         FLOATS: the slab as float32. TABLE_ROW: `table_EJF` at the row's entry and the target.
         words_stride, scale_stride: of the column sets of `words_CTW` and of `scale_CT` and `sum_CT`.
-        blocks: B. MEMBERS: of the target. COLUMNS: whether any variant has column scales.
+        MEMBERS: of the target. COLUMNS: whether any variant has column scales. BLOCKS: B.
     """
-    if COLUMNS:
-        offset = tl.load(TABLE_ROW + _COL)
-        columns = FLOATS + offset.to(tl.int64) * _FLOATS
-        width = tl.where(offset >= 0, blocks * 256, 0)
-        sets = tl.where(offset >= 0, tl.load(TABLE_ROW + _PLANES) * MEMBERS, 1)
-        for c in range(sets):
-            _store_set(
-                x * tl.load(columns + c * blocks * 256 + tl.arange(0, KP), mask=tl.arange(0, KP) < width, other=1.0),
-                part * _column_slice(columns + c * blocks * 256, width, which, KS),
-                WORDS + c * words_stride, SCALE + c * scale_stride, SUM + c * scale_stride, row, which, blocks, KS,
-            )  # fmt: skip
-    else:
-        _store_set(x, part, WORDS, SCALE, SUM, row, which, blocks, KS)
-
-
-@triton.jit
-def _column_slice(columns, width, which, KS: tl.constexpr):
-    k = which * KS + tl.arange(0, KS)
-    return tl.load(columns + k, mask=k < width, other=1.0)
-
-
-@triton.jit
-def _store_set(x, part, WORDS, SCALE, SUM, row, which, blocks, KS: tl.constexpr):
-    amax = tl.max(tl.abs(x), 0)
-    if which == 0:
-        tl.store(SCALE + row, tl.maximum(amax, 1e-30) / _LARGEST)
-        tl.store(SUM + row, tl.sum(quantize(x, amax), 0))
-    store_planes(quantize(part, amax), WORDS, row * blocks * 128, which * (KS // 256), blocks, KS)
+    k = tl.arange(0, KP)
+    at = eights(part * KS, KS)
+    for c in range(column_sets(TABLE_ROW, MEMBERS, COLUMNS)):
+        scaled = x * columns_at(FLOATS, TABLE_ROW, c, k, BLOCKS, COLUMNS)
+        amax = tl.max(tl.abs(scaled), 0)
+        q1 = quantize(first * columns_at(FLOATS, TABLE_ROW, c, at, BLOCKS, COLUMNS), amax)
+        q2 = quantize(second * columns_at(FLOATS, TABLE_ROW, c, at + 4, BLOCKS, COLUMNS), amax)
+        store_planes(q1, q2, WORDS + c * words_stride, row * (BLOCKS * 128), part * (KS // 256), BLOCKS, KS)
+        if part == 0:
+            tl.store(SCALE + c * scale_stride + row, tl.maximum(amax, 1e-30) / _LARGEST)
+            tl.store(SUM + c * scale_stride + row, tl.sum(quantize(scaled, amax), 0))
 
 
 @triton.jit
 def _prepare(
-    X, WORDS, SCALE, SUM, FLOATS, TABLE, ENTRY, target, targets, K, words_stride, scale_stride, blocks,
-    MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr, PDL: tl.constexpr,
+    X, WORDS, SCALE, SUM, FLOATS, TABLE, ENTRY, target, targets, words_stride, scale_stride,
+    K: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (row, part): the whole row for its largest value, one slice of its planes."""
     if PDL:
         gdc_launch_dependents()
     row = tl.program_id(0)
-    which = tl.program_id(1)
+    part = tl.program_id(1)
     table_row = TABLE + (tl.load(ENTRY + row) * targets + target) * _FIELDS
     if PDL:
         gdc_wait()
+    X += row.to(tl.int64) * K
     k = tl.arange(0, KP)
-    x = tl.load(X + row * K + k, mask=k < K, other=0.0).to(tl.float32)
-    k = which * KS + tl.arange(0, KS)
-    part = tl.load(X + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    at = eights(part * KS, KS)
+    first = tl.load(X + at, mask=at < K, other=0.0).to(tl.float32)
+    second = tl.load(X + at + 4, mask=at + 4 < K, other=0.0).to(tl.float32)
+    x = tl.load(X + k, mask=k < K, other=0.0).to(tl.float32)
     store_row(
-        x, part, WORDS, SCALE, SUM, FLOATS, table_row, row, which, words_stride, scale_stride, blocks,
-        MEMBERS, COLUMNS, KP, KS,
+        x, first, second, WORDS, SCALE, SUM, FLOATS, table_row, row, part, words_stride, scale_stride,
+        MEMBERS, COLUMNS, (K + 255) // 256, KP, KS,
     )  # fmt: skip
 
 
-def slice_width(inputs: int, parts: int) -> int:
-    """KS: the narrowest slice of which `parts` cover a row."""
-    return max(TILE_COLUMNS, triton.next_power_of_2(-(-inputs // parts)))
+def padded(columns: int) -> int:
+    """KP: a tile that holds a row, and at least one block of planes."""
+    return max(TILE_COLUMNS, triton.next_power_of_2(columns))
 
 
-def warps_of(width: int) -> int:
-    """So that a program that holds a float32 row of this width (a power of two) has at most 32 elements in a lane."""
-    return min(16, max(4, width // 1024))
+def slice_warps(rows: int, inputs: int) -> int:
+    """Of a program that writes planes: each packs a block of 256 columns, and all go over the whole row. So fewer warps
+    are more programs, each with more of the row in a thread."""
+    wanted = _MOST_WARPS if rows > _FEW else _WARPS if inputs <= _NARROW else 2 * _WARPS
+    return min(wanted, padded(inputs) // TILE_COLUMNS)
 
 
 def prepare_planes(
@@ -173,23 +227,26 @@ def prepare_planes(
     entry_T: torch.Tensor,
     kinds: Kinds,
     *,
-    parts: int = 8,
+    parts: int | None = None,
 ) -> None:
     """Planes of x's rows, times the column scales of each row's variant where it has any.
 
     For where x has no producer that does it. Column sets that no variant of `kinds` can have are not written, nor are
     sets other than 0 of rows without column scales.
+
+    Args:
+        parts: about how many programs share a row; None: as `slice_warps` says.
     """
     rows, inputs = x_TK.shape
     assert x_TK.is_contiguous()
     assert inputs == target.inputs <= MAX_INPUTS, f"{inputs} inputs, the target has {target.inputs}"
-    width, whole, table = slice_width(inputs, parts), triton.next_power_of_2(inputs), deltas.table_EJF
-    pdl = launches.early(x_TK)
+    warps, table, pdl = slice_warps(rows, inputs), deltas.table_EJF, launches.early(x_TK)
+    width = warps * TILE_COLUMNS if parts is None else padded(triton.cdiv(inputs, parts))
     _prepare[(rows, triton.cdiv(inputs, width))](
         x_TK, planes.words_CTW, planes.scale_CT, planes.sum_CT, deltas.slab.view(torch.float32), table, entry_T,
-        target.index, table.shape[1], inputs, planes.words_CTW.stride(0), planes.scale_CT.stride(0),
-        tiles(1, inputs)[1], MEMBERS=len(target.members), COLUMNS=kinds.columns, KP=max(whole, width),
-        KS=width, PDL=pdl, num_warps=warps_of(whole), **launches.options(pdl),
+        target.index, table.shape[1], planes.words_CTW.stride(0), planes.scale_CT.stride(0), K=inputs,
+        MEMBERS=len(target.members), COLUMNS=kinds.columns, KP=max(width, padded(inputs)), KS=width, PDL=pdl,
+        num_warps=warps, **launches.options(pdl),
     )  # fmt: skip
 
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels import configs
-from kernels.device import UNIT, DeviceDeltas, Field, Kinds, Partials, Planes, Target
+from kernels.device import UNIT, DeviceDeltas, Kinds, Partials, Planes, Target
 from kernels.fragments import TILE_COLUMNS, tiles
-from kernels.planes import LARGEST, MAX_INPUTS, slice_width
+from kernels.planes import MAX_INPUTS, slice_warps
 
 _UNIT_BITS = tl.constexpr(UNIT * 8)
-_LARGEST = tl.constexpr(float(LARGEST))
-_FLOATS = tl.constexpr(UNIT // 4)
-_COL = tl.constexpr(int(Field.COL))
-_PLANES = tl.constexpr(int(Field.PLANES))
-_PROGRAMS = 64
-"""Every one of a row's programs reads all of the row, 100 to 200 KB: more of them would spend on the second-level cache
-what they save on packing bits."""
-_MAX_PARTS = 8
-_WIDEST_SLICE = 2048
-"""Columns whose planes a program has in registers at once."""
 
 
 @triton.jit
@@ -36,56 +24,6 @@ def vector_pointer(SLAB, STARTS, entry, start):
     """
     per_unit: tl.constexpr = _UNIT_BITS // SLAB.dtype.element_ty.primitive_bitwidth
     return SLAB + tl.load(STARTS + entry).to(tl.int64) * per_unit + start
-
-
-@triton.jit
-def column_sets(TABLE_ROW, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr):
-    """How many column sets a row has planes of: one, unless its variant has column scales.
-
-    Args:
-        TABLE_ROW: `table_EJF` at the row's entry and the target. COLUMNS: whether any variant has column scales.
-    """
-    sets = 1
-    if COLUMNS:
-        sets = tl.where(tl.load(TABLE_ROW + _COL) >= 0, tl.load(TABLE_ROW + _PLANES) * MEMBERS, 1)
-    return sets
-
-
-@triton.jit
-def columns_at(FLOATS, TABLE_ROW, c, k, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The column scales of set c at columns k, 1 where the row's variant has none. FLOATS: the slab as float32."""
-    scales = 1.0
-    if COLUMNS:
-        offset = tl.load(TABLE_ROW + _COL)
-        SET = FLOATS + offset.to(tl.int64) * _FLOATS + c * (BLOCKS * 256)
-        scales = tl.load(SET + k, mask=k < tl.where(offset >= 0, BLOCKS * 256, 0), other=1.0)
-    return scales
-
-
-@triton.jit
-def store_statistics(SCALE, SUM, amax, total):
-    """What the planes of one row of one column set are scaled with, and what they add up to."""
-    tl.store(SCALE, tl.maximum(amax, 1e-30) / _LARGEST)
-    tl.store(SUM, total)
-
-
-@dataclass(frozen=True, slots=True)
-class RowConfig:
-    """Only speed depends on it."""
-
-    parts: int
-    """Most programs for each row; those that write no planes have one"""
-    warps: int
-
-
-def row_config(op: str, rows: int, columns: int, device: torch.device) -> RowConfig:
-    """What was measured for this op (its folder's name), else a rule: one row must not be the serial work of one
-    multiprocessor, many rows need not be cut; 16 columns for each thread."""
-    if device.type == "cuda":
-        key = f"{columns} {triton.next_power_of_2(rows)}"
-        if (found := configs.lookup(op, torch.cuda.get_device_name(device), key)) is not None:
-            return RowConfig(**found)
-    return RowConfig(max(1, min(_MAX_PARTS, _PROGRAMS // rows)), warps_of(columns))
 
 
 def partial_arguments(partials: Partials | None, rows: int, columns: int) -> tuple[list[Any], dict[str, Any]]:
@@ -100,14 +38,14 @@ def partial_arguments(partials: Partials | None, rows: int, columns: int) -> tup
 
 
 def plane_arguments(
-    planes: Planes | None, target: Target | None, deltas: DeviceDeltas, kinds: Kinds, rows: int, inputs: int, parts: int
+    planes: Planes | None, target: Target | None, deltas: DeviceDeltas, kinds: Kinds, rows: int, inputs: int
 ) -> tuple[list[Any], dict[str, Any], int]:
     """Of a kernel that writes planes: (WORDS, SCALE, SUM, FLOATS, TABLE, target, targets, both strides), the constants,
-    and how many programs a row has. Each writes the planes of EACH slices of KS columns, one after another."""
+    and how many warps a program has. Each writes the planes of KS columns."""
     if planes is None or target is None:
         assert planes is None
         assert target is None
-        return [None] * 5 + [0] * 4, {"PLANES": False, "MEMBERS": 0, "COLUMNS": False, "KS": 0, "EACH": 0}, 1
+        return [None] * 5 + [0] * 4, {"PLANES": False, "MEMBERS": 0, "COLUMNS": False, "KS": 0}, warps_of(inputs)
     assert target.inputs == inputs <= MAX_INPUTS, f"{inputs} inputs, the target has {target.inputs}"
     assert planes.words_CTW.shape[0] >= kinds.sets(target), f"no room for {kinds.sets(target)} column sets"
     assert planes.words_CTW.shape[1:] == (rows, tiles(1, inputs)[1] * 128)
@@ -122,11 +60,9 @@ def plane_arguments(
         planes.words_CTW.stride(0),
         planes.scale_CT.stride(0),
     ]
-    width = min(_WIDEST_SLICE, slice_width(inputs, parts))
-    slices = triton.cdiv(inputs, width)
-    each = triton.cdiv(slices, parts)
-    constants = {"PLANES": True, "MEMBERS": len(target.members), "COLUMNS": kinds.columns, "KS": width, "EACH": each}
-    return arguments, constants, triton.cdiv(slices, each)
+    warps = slice_warps(rows, inputs)
+    constants = {"PLANES": True, "MEMBERS": len(target.members), "COLUMNS": kinds.columns, "KS": warps * TILE_COLUMNS}
+    return arguments, constants, warps
 
 
 def span_start(span: tuple[int, int] | None, elements: int) -> int:
@@ -145,8 +81,3 @@ def warps_of(columns: int) -> int:
 def check_contiguous(*tensors: torch.Tensor) -> None:
     """Kernels index them as if they were."""
     assert all(t.is_contiguous() for t in tensors)
-
-
-def padded(columns: int) -> int:
-    """KP: a tile that holds a row, and at least one block of planes."""
-    return max(TILE_COLUMNS, triton.next_power_of_2(columns))

@@ -2,7 +2,7 @@
 
 # Triton's language is not Python's types:
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import FIELDS
-from kernels.planes import quantize, store_planes, sum_partials
-from kernels.rows import column_sets, columns_at, store_statistics, vector_pointer
+from kernels.planes import eights, store_row, sum_partials
+from kernels.rows import vector_pointer
 
 _FIELDS = tl.constexpr(FIELDS)
 
@@ -45,9 +45,9 @@ def add_norm_kernel(
     eps, T, weight, bias, target, targets, words_stride, scale_stride,
     K: tl.constexpr, KP: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ROWS: tl.constexpr, KEEP: tl.constexpr, PLANES: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
-    KS: tl.constexpr, EACH: tl.constexpr, PDL: tl.constexpr,
+    KS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): the whole row in registers; EACH slices of its planes; the first writes all else.
+    """Program (row, part): reads the row, writes a slice and its planes. Without planes a row has one, for all.
 
     Args:
         weight, bias: where they begin in each entry's block of vectors.
@@ -64,31 +64,38 @@ def add_norm_kernel(
     k = tl.arange(0, KP)
     WEIGHT = vector_pointer(SLAB, STARTS, entry, weight)
     w = tl.load(WEIGHT + k, mask=k < K, other=0.0)
+    if PLANES:
+        at = eights(part * KS, KS)
+        w_1 = tl.load(WEIGHT + at, mask=at < K, other=0.0)
+        w_2 = tl.load(WEIGHT + at + 4, mask=at + 4 < K, other=0.0)
+        TABLE_ROW = TABLE + (entry * targets + target) * _FIELDS
     if PDL:
         gdc_wait()
     x = _stream(RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, k, T, K, SPLIT, HAS_DELTA, HAS_BIAS)
+    if PLANES:
+        # Requested with the row, not behind its norm.
+        x_1 = _stream(RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, at, T, K, SPLIT, HAS_DELTA, HAS_BIAS)
+        x_2 = _stream(
+            RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, at + 4, T, K, SPLIT, HAS_DELTA, HAS_BIAS
+        )
     rstd = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
     y = _scaled(x, rstd, w)
-    if part == 0:
-        tl.store(OUT + row.to(tl.int64) * K + k, y, mask=k < K)
-        if KEEP:
-            tl.store(RESIDUAL_OUT + row.to(tl.int64) * K + k, x.to(RESIDUAL_OUT.dtype.element_ty), mask=k < K)
+    OUT += row.to(tl.int64) * K
+    if KEEP:
+        RESIDUAL_OUT += row.to(tl.int64) * K
     if PLANES:
-        whole = y.to(tl.float32)
-        blocks: tl.constexpr = (K + 255) // 256
-        TABLE_ROW = TABLE + (entry * targets + target) * _FIELDS
-        for c in range(column_sets(TABLE_ROW, MEMBERS, COLUMNS)):
-            scaled = whole * columns_at(FLOATS, TABLE_ROW, c, k, blocks, COLUMNS)
-            amax = tl.max(tl.abs(scaled), 0)
-            if part == 0:
-                total = tl.sum(quantize(scaled, amax), 0)
-                store_statistics(SCALE + c * scale_stride + row, SUM + c * scale_stride + row, amax, total)
-            for which in range(part * EACH, part * EACH + EACH):
-                at = which * KS + tl.arange(0, KS)
-                own_w = tl.load(WEIGHT + at, mask=at < K, other=0.0)
-                own_x = _stream(
-                    RESIDUAL, BASE, DELTA, SLAB, STARTS, source, entry, bias, at, T, K, SPLIT, HAS_DELTA, HAS_BIAS
-                )
-                own = _scaled(own_x, rstd, own_w).to(tl.float32)
-                q = quantize(own * columns_at(FLOATS, TABLE_ROW, c, at, blocks, COLUMNS), amax)
-                store_planes(q, WORDS + c * words_stride, row * blocks * 128, which * (KS // 256), blocks, KS)
+        y_1 = _scaled(x_1, rstd, w_1)
+        y_2 = _scaled(x_2, rstd, w_2)
+        tl.store(OUT + at, y_1, mask=at < K)
+        tl.store(OUT + at + 4, y_2, mask=at + 4 < K)
+        if KEEP:
+            tl.store(RESIDUAL_OUT + at, x_1.to(RESIDUAL_OUT.dtype.element_ty), mask=at < K)
+            tl.store(RESIDUAL_OUT + at + 4, x_2.to(RESIDUAL_OUT.dtype.element_ty), mask=at + 4 < K)
+        store_row(
+            y.to(tl.float32), y_1.to(tl.float32), y_2.to(tl.float32), WORDS, SCALE, SUM, FLOATS, TABLE_ROW, row, part,
+            words_stride, scale_stride, MEMBERS, COLUMNS, (K + 255) // 256, KP, KS,
+        )  # fmt: skip
+    else:
+        tl.store(OUT + k, y, mask=k < K)
+        if KEEP:
+            tl.store(RESIDUAL_OUT + k, x.to(RESIDUAL_OUT.dtype.element_ty), mask=k < K)

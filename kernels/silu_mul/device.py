@@ -1,4 +1,4 @@
-"""SiLU of gate, times up, and bit planes of the product for the down projection, in one launch."""
+"""SiLU of gate, times up; bit planes of the product for the down projection in a second launch."""
 
 # Launch options are no parameters of kernels:
 # pyright: reportCallIssue=false
@@ -10,12 +10,13 @@ import triton
 
 from kernels import launches
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
-from kernels.rows import check_contiguous, padded, partial_arguments, plane_arguments, row_config, span_start, warps_of
+from kernels.planes import padded, prepare_planes
+from kernels.rows import check_contiguous, partial_arguments, span_start
 from kernels.silu_mul.triton_silu_mul import silu_mul_kernel
 
-_CHUNK = 4096
-_PLAIN_WIDTH = 2048
-"""Columns of each program when there are no planes, and so no statistics of the row."""
+_WIDTH = 1024
+"""Columns of each program"""
+_WARPS = 4
 
 
 def silu_mul(
@@ -40,16 +41,12 @@ def silu_mul(
     assert entry_T.shape == (rows,)
     check_contiguous(out_TI, entry_T)
     added, added_constants = partial_arguments(partials, rows, 2 * inputs)
-    config = row_config("silu_mul", rows, inputs, out_TI.device)
-    plane, constants, parts = plane_arguments(planes, target_down, deltas, kinds, rows, inputs, config.parts)
-    chunk = min(padded(inputs), _CHUNK)
-    if planes is None:
-        constants["KS"] = min(padded(inputs), _PLAIN_WIDTH)
-        parts = triton.cdiv(inputs, constants["KS"])
-    pdl = launches.early(out_TI)
-    silu_mul_kernel[(rows, parts)](
-        *added, deltas.slab.view(out_TI.dtype), deltas.vectors_E, entry_T, out_TI, *plane[:5], rows,
-        span_start(bias_span, 2 * inputs), *plane[5:], INNER=inputs, CHUNK=chunk, CHUNKS=triton.cdiv(inputs, chunk),
-        **added_constants, HAS_BIAS=bias_span is not None, **constants,
-        PDL=pdl, num_warps=warps_of(constants["KS"]) if planes is None else config.warps, **launches.options(pdl),
+    width, pdl = min(padded(inputs), _WIDTH), launches.early(out_TI)
+    silu_mul_kernel[(rows, triton.cdiv(inputs, width))](
+        *added, deltas.slab.view(out_TI.dtype), deltas.vectors_E, entry_T, out_TI, rows,
+        span_start(bias_span, 2 * inputs), INNER=inputs, WIDTH=width, **added_constants,
+        HAS_BIAS=bias_span is not None, PDL=pdl, num_warps=_WARPS, **launches.options(pdl),
     )  # fmt: skip
+    assert (planes is None) == (target_down is None), "planes are for a target"
+    if planes is not None and target_down is not None:
+        prepare_planes(out_TI, planes, target_down, deltas, entry_T, kinds)

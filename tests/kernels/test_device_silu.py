@@ -1,4 +1,4 @@
-"""SiLU x up and planes in one launch, against the float32 specification."""
+"""SiLU x up and planes of it, against the float32 specification."""
 
 from __future__ import annotations
 
@@ -25,14 +25,6 @@ def test_mixes(mix: str) -> None:
 def test_sizes(inputs: int, planes: bool) -> None:
     check(inputs, rows([0, 1, 2, 2]), DTYPES[1], split=1, planes=planes)
     check(inputs, rows([2]), DTYPES[1], split=3, delta=False, planes=planes)
-
-
-def test_many_rows_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were so many that a row has one program, with several slices."""
-    monkeypatch.setattr("kernels.rows._PROGRAMS", 2)
-    monkeypatch.setattr("kernels.rows._WIDEST_SLICE", 256)
-    check(528, rows([0, 1, 2]), DTYPES[0], split=1)
-    check(528, rows([0, 1, 2]), DTYPES[0], split=1, specs=[{"signs": 2, "col": True}, SIGNS])
 
 
 def test_the_largest_row() -> None:
