@@ -2,130 +2,122 @@
 
     python benchmarks/tune.py [--shapes llama-2-7b llama-3.1-8b] [--rows 1 4 16 64] [--workers 12] [--seconds 480]
 
-Per linear and number of rows: base tiles alone, sign products alone, then the best few of both in one launch, and the
-two in two launches. Compiling is most of the work, so processes of their own compile ahead into Triton's cache. Writes
-`kernels/delta_linear/configs/<device>.json`, and every timing to benchmarks/results/tune.jsonl.
+Per linear and number of rows: base tiles alone; the rule's choice and every setting of sign products with its base
+tiles, in one launch; then the best few of both and the rule's, all with all, and those sign products in a launch after
+cuBLAS's. The fastest of everything timed is filed in `kernels/delta_linear/configs/<device>.json`; every timing is
+written to benchmarks/results/tune.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import gpu_timing
 import torch
+import tuning
 from gpu_timing import Report
-from kernel_worlds import targets_of
+from kernel_worlds import Bulk, targets_of
 from linear_cases import LIMIT, SIGNS, LinearCase, LinearRun, pool_of, weights_of
 from synthetic import SHAPES
+from tuning import best
 
-from kernels import configs
 from kernels.delta_linear.choice import Config, candidates, key, settings
 from kernels.device import Target
 
 BEST = 3
 OPS = ("qkv", "o", "gate_up", "down", "head")
+BASE_TILE = ("impl", "split", "outputs", "inner", "stages")
+"""What a configuration says of the base's part; the rest is about signs."""
+Times = Mapping[Config, float]
 
 
-@dataclass(frozen=True)
-class Job:
-    """Configurations of one case, to be compiled."""
-
-    case: LinearCase
-    configs: tuple[Config, ...]
+def joined(tile: Config, signs: Config) -> Config:
+    """The base tiles of one and the sign products of the other."""
+    return replace(signs, **{name: getattr(tile, name) for name in BASE_TILE})
 
 
-def compile_ahead(pool: ProcessPoolExecutor | None, jobs: Iterable[Job]) -> None:
-    """One task per configuration, so that all workers are busy to the end."""
-    if pool is None:
-        return
-    tasks = [Job(job.case, (config,)) for job in jobs for config in job.configs]
-    for failed in pool.map(_compile, tasks, chunksize=1):
-        if failed:
-            print(failed, flush=True)
-
-
-def _compile(job: Job) -> str:
-    """In a worker: compiling depends on shapes alone, so one variant is enough. What does not compile is not timed."""
-    try:
-        case = replace(
-            job.case, variants=min(1, job.case.variants), mix="base" if job.case.mix == "base" else "identical"
-        )
-        target = case.target
-        weight = torch.empty(target.outputs, target.inputs, dtype=torch.bfloat16, device="cuda").normal_()
-        run = LinearRun(case, pool_of(target, case.parts, 1, torch.bfloat16), [weight])
-        for config in job.configs:
-            run.calls(config)[0]()
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"does not run: {job.configs[0]}: {str(error)[:200]}"
-    return ""
+def compile_one(case: LinearCase, config: Config) -> None:
+    """Compiling depends on shapes alone, so one variant is enough."""
+    mix = "base" if case.mix == "base" else "identical"
+    case = replace(case, variants=min(1, case.variants), mix=mix)
+    weight = torch.empty(case.target.outputs, case.target.inputs, dtype=torch.bfloat16, device="cuda").normal_()
+    LinearRun(case, pool_of(case.target, case.parts, 1, torch.bfloat16), [weight]).calls(config)[0]()
 
 
 class Search:
     """One linear at one number of rows."""
 
-    def __init__(self, name: str, op: str, target: Target, rows: int) -> None:
-        self.name, self.op, self.target, self.rows = name, op, target, rows
+    def __init__(self, name: str, op: str, target: Target, rows: int, *, dry: bool = False) -> None:
+        self.name, self.op, self.target, self.rows, self.dry = name, op, target, rows, dry
         self.signs = LinearCase(target, rows, rows, "distinct", SIGNS)
         self.base = LinearCase(target, rows, 0, "base", SIGNS)
 
-    def first(self) -> list[Job]:
-        """Base tiles alone, and two launches: cuBLAS does not vary, so these rank the sign products."""
-        flat = [c for c in candidates(self.target, self.rows, self.base.kinds) if c.impl == "flat"]
-        signs = [c for c in candidates(self.target, self.rows, self.signs.kinds) if c.impl == "signs"]
-        return [Job(self.base, tuple(flat)), Job(self.signs, tuple(signs))]
+    def rule(self, case: LinearCase) -> Config:
+        return Config("unpack") if self.dry else candidates(self.target, self.rows, case.kinds)[0]
 
-    def second(self, flat: list[Config], signs: list[Config]) -> Job:
-        """The best of both in one launch."""
-        tile = ("impl", "split", "outputs", "inner", "stages")
-        joined = [replace(s, **{name: getattr(f, name) for name in tile}) for f, s in product(flat, signs)]
-        return Job(self.signs, tuple(dict.fromkeys(joined)))
+    def first(self, case: LinearCase) -> list[Config]:
+        """What is timed before anything is known; for signs the rule's choice is among them."""
+        if self.dry:
+            return [Config("unpack")]
+        found = candidates(self.target, self.rows, case.kinds)
+        flat = [c for c in found if c.impl == "flat"]
+        if case is self.base:
+            return flat
+        ranked = [c for c in flat if c == joined(flat[0], c)]
+        return [found[0], *(ranked or found[1:])]
 
-
-def timed(report: Report, search: Search, run: LinearRun, found: Iterable[Config]) -> dict[Config, float]:
-    """Microseconds of the configurations that run and are right."""
-    times: dict[Config, float] = {}
-    for config in found:
-        try:
-            if run.error(config) > LIMIT:
-                print(f"WRONG {search.name} {search.op} {search.rows}: {config}", flush=True)
-                continue
-            times[config] = gpu_timing.graph_us(run.calls(config), replays=5, target_us=1500)
-        except Exception as error:
-            print(f"does not run: {config}: {str(error)[:200]}", flush=True)
-            continue
-        case = {"model": search.name, "op": search.op, "rows": search.rows, "mix": run.case.mix}
-        report.write({**case, "us": times[config], "bytes": run.nbytes, **asdict(config)})
-    return times
+    def second(self, base: Times, signs: Times) -> list[Config]:
+        """The best base tiles and the rule's with the best sign products and the rule's; these after cuBLAS too."""
+        if self.dry:
+            return []
+        chosen = [self.rule(self.signs), *best(signs, BEST)]
+        tiles = [c for c in (*chosen, *best(base, BEST)) if c.impl == "flat"]
+        found = [joined(t, s) for t, s in product(tiles, chosen)]
+        found += [replace(s, impl="signs", split=1) for s in chosen]
+        return [c for c in dict.fromkeys(found) if c not in signs]
 
 
-def best(times: dict[Config, float], count: int = BEST) -> list[Config]:
-    return sorted(times, key=lambda config: times[config])[:count]
+class Timer:
+    """Times one search's configurations."""
+
+    def __init__(self, report: Report, search: Search, made: Bulk, weights: list[torch.Tensor]) -> None:
+        self.report, self.search = report, search
+        self.base, self.signs = (LinearRun(case, made, weights) for case in (search.base, search.signs))
+
+    def __call__(self, run: LinearRun, found: Iterable[Config]) -> dict[Config, float]:
+        case = {"model": self.search.name, "op": self.search.op, "rows": self.search.rows, "mix": run.case.mix}
+        return tuning.timed(self.report, case, run, found, limit=LIMIT, nbytes=run.nbytes)
+
+    def show(self, run: LinearRun, winner: Config, us: float, rule_us: float, cublas_us: float) -> None:
+        floor = run.nbytes / self.report.read_bytes_per_s * 1e6
+        case = f"{self.search.name} {self.search.op} rows={self.search.rows} {run.case.mix}"
+        beside = f"rule {rule_us:.1f}  cublas base {cublas_us:.1f}"
+        print(f"{case:<40} {us:8.1f} us  floor {floor:8.1f}  {floor / us:.2f}  {beside}  {winner}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["llama-2-7b", "llama-3.1-8b"])
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS[:4])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--seconds", type=float, default=480.0)
-    parser.add_argument("--dry-run", action="store_true", help="tiny, one configuration: tests the search")
-    arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    if arguments.dry_run:
-        return run(arguments, None)
-    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        return run(arguments, pool)
+def searched(pool: ProcessPoolExecutor | None, search: Search, timer: Timer) -> tuning.Filed:
+    """The fastest of everything timed, for the base alone and for signs."""
+    cublas = gpu_timing.graph_us(timer.base.cublas())
+    base = timer(timer.base, search.first(search.base))
+    signs = timer(timer.signs, search.first(search.signs))
+    more = search.second(base, signs)
+    tuning.compile_ahead(pool, compile_one, [(search.signs, config) for config in more])
+    signs |= timer(timer.signs, more)
+    chosen: tuning.Filed = {}
+    for run, times in ((timer.base, base), (timer.signs, signs)):
+        rule_us = times.get(search.rule(run.case), cublas if run is timer.base else float("nan"))
+        if run is timer.base and cublas < min(times.values(), default=float("inf")):
+            times = {Config("signs"): cublas}
+        for winner in best(times, 1):
+            chosen[key(search.target, search.rows, run.case.kinds)] = settings(winner)
+            timer.show(run, winner, times[winner], rule_us, cublas)
+    return chosen
 
 
 def run(arguments: argparse.Namespace, pool: ProcessPoolExecutor | None) -> int:
@@ -133,61 +125,32 @@ def run(arguments: argparse.Namespace, pool: ProcessPoolExecutor | None) -> int:
     report = Report("tune", dry, gpu_timing.read_bandwidth())
     dtype = torch.float32 if dry else torch.bfloat16
     shapes, rows = (["tiny"], [2]) if dry else (arguments.shapes, arguments.rows)
-    found: dict[str, dict] = {}
+    found: tuning.Filed = {}
     for name, op in product(shapes, arguments.ops):
         target = targets_of(SHAPES[name])[op]
         weights, made = weights_of(target, dtype), pool_of(target, SIGNS, max(rows), dtype)
-        searches = [Search(name, op, target, n) for n in rows]
-        compile_ahead(pool, [job for search in searches for job in search.first()])
+        searches = [Search(name, op, target, n, dry=dry) for n in rows]
+        cases = [(search, case) for search in searches for case in (search.base, search.signs)]
+        tuning.compile_ahead(pool, compile_one, [(case, c) for search, case in cases for c in search.first(case)])
         for search in searches:
             if time.monotonic() - began > arguments.seconds:
                 print("the time was used up: some cases were left out", flush=True)
                 break
-            found |= _search(report, pool, search, made, weights, dry)
+            found |= searched(pool, search, Timer(report, search, made, weights))
         del weights, made
         torch.cuda.empty_cache()
         if not dry:
-            _file(found)
-    return 0
+            tuning.file("delta_linear", found)
+    return 1 if report.failed else 0
 
 
-def _search(
-    report: Report, pool: ProcessPoolExecutor | None, search: Search, made, weights, dry: bool
-) -> dict[str, dict]:
-    base_run, sign_run = LinearRun(search.base, made, weights), LinearRun(search.signs, made, weights)
-    base_job, sign_job = search.first()
-    if dry:
-        base_job, sign_job = (replace(job, configs=(Config("unpack"),)) for job in (base_job, sign_job))
-    cublas = gpu_timing.graph_us(base_run.cublas())
-    base_times = timed(report, search, base_run, base_job.configs)
-    sign_times = timed(report, search, sign_run, sign_job.configs)
-    both = search.second(best(base_times), best(sign_times))
-    if not dry:
-        compile_ahead(pool, [both])
-        sign_times |= timed(report, search, sign_run, both.configs)
-    chosen: dict[str, dict] = {}
-    for run_, times in ((base_run, base_times), (sign_run, sign_times)):
-        if not times:
-            continue
-        (winner,) = best(times, 1)
-        if run_ is base_run and cublas < times[winner]:
-            winner = Config("signs")
-        chosen[key(search.target, search.rows, run_.case.kinds)] = settings(winner)
-        floor = run_.nbytes / report.read_bytes_per_s * 1e6
-        us = times.get(winner, cublas)
-        case = f"{search.name} {search.op} rows={search.rows} {run_.case.mix}"
-        print(
-            f"{case:<40} {us:8.1f} us  floor {floor:8.1f}  {floor / us:.2f}  cublas {cublas:.1f}  {winner}", flush=True
-        )
-    return chosen
-
-
-def _file(found: dict[str, dict]) -> None:
-    """Beside what is filed already."""
-    path = configs.path("delta_linear", torch.cuda.get_device_name())
-    path.parent.mkdir(exist_ok=True)
-    filed = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(dict(sorted({**filed, **found}.items())), indent=1) + "\n")
+def main() -> int:
+    parser = tuning.parser(__doc__, rows=[1, 4, 16, 64])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS[:4])
+    parser.add_argument("--seconds", type=float, default=480.0)
+    arguments = parser.parse_args()
+    with tuning.compilers(arguments.workers, arguments.dry_run) as pool:
+        return run(arguments, pool)
 
 
 if __name__ == "__main__":
