@@ -116,7 +116,7 @@ def decode(
         q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, *workspace.tensors, rows,
         block_tables_SM.shape[1], window or _UNBOUNDED, config.chunk, config.splits, _scale(dim), KV_HEADS=kv_heads,
         GROUP=group, GP=max(16, padded_group), D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=padded_rows(rows),
-        TILE=config.tile, RP=padded_group, SP=MOST_SPLITS, STEP=max(1, 8 // padded_group), PDL=pdl,
+        TILE=config.tile, RP=padded_group, STEP=max(1, 4 * config.warps // padded_group), PDL=pdl,
         num_warps=config.warps, num_stages=config.stages, **launches.options(pdl),
     )  # fmt: skip
     if planes is not None and target is not None:

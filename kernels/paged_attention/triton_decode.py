@@ -18,6 +18,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+_FEW_UNITS = tl.constexpr(512)
+_AHEAD = tl.constexpr(128)
+"""So many tokens of each unit are requested before the kernel before has ended, if units are few: at most 32 MiB, which
+the second-level cache holds. Where they are more, a tile."""
+
 
 @triton.jit
 def block_offsets(TABLE, tokens, mask, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
@@ -40,11 +45,11 @@ def split_length(seen, chunk, most, TILE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    Q, KEYS, VALUES, TABLE, start, stop, scale,
+    Q, KEYS, VALUES, TABLE, blocks, start, stop, scale,
     GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
     STRIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The query heads of one K/V head, as rows of matrix products, over tokens start:stop.
+    """The query heads of one K/V head, as rows of matrix products, over tokens start:stop. `blocks`: of the first tile.
 
     Returns float32 acc [GP, DP], peak [GP], total [GP]: sum of exp2(score - peak) v, highest score, sum of weights.
     """
@@ -55,7 +60,6 @@ def _attend(
     peak = tl.full((GP,), float("-inf"), tl.float32)
     totals = tl.zeros((GP, TILE), tl.float32)
     tile = tl.arange(0, TILE)
-    blocks = block_offsets(TABLE, start + tile, start + tile < stop, BLOCK, STRIDE)
     # Not tl.range(num_stages=...): that would turn the table's loads into stages of the pipeline too, and make each
     # tile's wait for them. As it is, entries are in registers one tile ahead of the loads that they lead to.
     for first in range(start, stop, TILE):
@@ -78,31 +82,52 @@ def _attend(
 
 
 @triton.jit
+def _request(
+    KEYS, TABLE, start, stop, D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr,
+    VALUES_AT: tl.constexpr,
+):  # fmt: skip
+    """Ask for keys and values of tokens start:stop, for the second-level cache. Nothing is read: the last token may
+    yet be written. For tokens from stop on, block 0 is asked for."""
+    PIECES: tl.constexpr = D * KEYS.dtype.element_ty.primitive_bitwidth // 512
+    piece = tl.arange(0, 2 * PIECES)
+    within = piece // PIECES * VALUES_AT + piece % PIECES * (D // PIECES)
+    for first in range(start, stop, TILE):
+        tokens = first + tl.arange(0, TILE)
+        at = block_offsets(TABLE, tokens, tokens < stop, BLOCK, STRIDE) + within_block(tokens, BLOCK) * D
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.u32 $0, 0;", "=r,l", [(KEYS + at[:, None] + within[None, :]).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _combine(
     OUT, PARTIAL, STATS, splits,
-    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
-    STEP: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits of one row and head. Loads go past the first-level cache: other programs wrote what they read."""
+    """Add the splits of one row and head, STEP of them in one round trip. Loads go past the first-level cache: other
+    programs wrote what they read."""
     r = tl.arange(0, RP)
     d = tl.arange(0, DP)
-    s = tl.arange(0, SP)[:, None]
-    at = STATS + s * (2 * GROUP) + r[None, :]
-    all_there = (s < splits) & (r[None, :] < GROUP)
-    peaks = tl.load(at, mask=all_there, other=float("-inf"), cache_modifier=".cg")
-    totals = tl.load(at + GROUP, mask=all_there, other=0.0, cache_modifier=".cg")
-    highest = tl.where(r < GROUP, tl.max(peaks, 0), 0.0)
-    total = tl.sum(totals * tl.exp2(peaks - highest[None, :]), 0)
     acc = tl.zeros((RP, DP), tl.float32)
+    total = tl.zeros((RP,), tl.float32)
+    highest = tl.full((RP,), float("-inf"), tl.float32)
     for first in range(0, splits, STEP):
         some = (first + tl.arange(0, STEP))[:, None]
         there = (some < splits) & (r[None, :] < GROUP)
-        peak = tl.load(STATS + some * (2 * GROUP) + r[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
+        at = STATS + some * (2 * GROUP) + r[None, :]
+        peaks = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(at + GROUP, mask=there, other=0.0, cache_modifier=".cg")
         part = tl.load(
             PARTIAL + (some * GROUP + r[None, :])[:, :, None] * D + d[None, None, :],
             mask=there[:, :, None] & (d[None, None, :] < D), other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        acc += tl.sum(part * tl.exp2(peak - highest[None, :])[:, :, None], 0)
+        higher = tl.where(r < GROUP, tl.maximum(highest, tl.max(peaks, 0)), 0.0)
+        fade = tl.exp2(highest - higher)
+        weights = tl.exp2(peaks - higher[None, :])
+        total = total * fade + tl.sum(totals * weights, 0)
+        acc = acc * fade[:, None] + tl.sum(part * weights[:, :, None], 0)
+        highest = higher
     out = acc / tl.where(r < GROUP, total, 1.0)[:, None]
     mask = (r[:, None] < GROUP) & (d[None, :] < D)
     tl.store(OUT + r[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=mask)
@@ -112,8 +137,8 @@ def _combine(
 def decode_kernel(
     Q, CACHE, TABLES, CONTEXTS, OUT, PARTIAL, STATS, ARRIVED, sequences, table_width, window, chunk, most, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, RP: tl.constexpr, SP: tl.constexpr,
-    STEP: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """
     Args:
@@ -124,7 +149,7 @@ def decode_kernel(
         window: how many tokens a row sees.
         chunk, most: see `split_length`.
         scale: of scores, times log2(e).
-        ROWS, RP, SP, DP: powers of two, at least sequences, GROUP, most, D. GP: RP, but at least 16.
+        ROWS, RP, DP: powers of two, at least sequences, GROUP, D. GP: RP, but at least 16. STEP: splits added at once.
     """
     if PDL:
         gdc_launch_dependents()
@@ -134,8 +159,6 @@ def decode_kernel(
     counts = tl.maximum(tl.cdiv(seens, split_length(seens, chunk, most, TILE)), 1)
     ends = tl.cumsum(tl.where(rows < sequences, counts, 0), 0)
     units = tl.max(ends, 0) * KV_HEADS
-    if PDL:
-        gdc_wait()
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         head = unit % KV_HEADS
         index = unit // KV_HEADS
@@ -152,8 +175,17 @@ def decode_kernel(
         keys = CACHE + head * (BLOCK * D)
         values = keys + KV_HEADS * BLOCK * D
         table = TABLES + row.to(tl.int64) * table_width
+        tokens = start + tl.arange(0, TILE)
+        blocks = block_offsets(table, tokens, tokens < stop, BLOCK, STRIDE)
+        if PDL:
+            # Contexts and block tables are the step's input; q, and K and V of its tokens, the kernel before writes.
+            if unit == tl.program_id(0):
+                if D == DP and D >= 64:
+                    end = tl.minimum(stop, start + tl.where(units <= _FEW_UNITS, _AHEAD, TILE))
+                    _request(keys, table, start, end, D, BLOCK, STRIDE, TILE, KV_HEADS * BLOCK * D)
+                gdc_wait()
         acc, peak, total = _attend(
-            query, keys, values, table, start, stop, scale, GROUP, GP, D, DP, BLOCK, STRIDE, TILE
+            query, keys, values, table, blocks, start, stop, scale, GROUP, GP, D, DP, BLOCK, STRIDE, TILE
         )  # fmt: skip
         r = tl.arange(0, GP)
         d = tl.arange(0, DP)
@@ -173,4 +205,4 @@ def decode_kernel(
             tl.debug_barrier()
             if tl.atomic_add(ARRIVED + pair, 1, sem="acq_rel", scope="gpu") == splits - 1:
                 tl.store(ARRIVED + pair, 0)
-                _combine(OUT + pair * (GROUP * D), partial, stats, splits, GROUP, D, DP, RP, SP, STEP)
+                _combine(OUT + pair * (GROUP * D), partial, stats, splits, GROUP, D, DP, RP, STEP)

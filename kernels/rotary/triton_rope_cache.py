@@ -1,5 +1,8 @@
 """The kernel behind `device.rope_and_cache`."""
 
+# What a constant decides is no branch:
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton
@@ -42,30 +45,36 @@ def rope_cache_kernel(
     total: tl.constexpr = HEADS + 2 * KV_HEADS
     inside = (head < total) & (i < HALF)
     at = head * (2 * HALF) + i
+    slot = tl.load(SLOTS + row).to(tl.int64)
+    if HAS_BIAS:
+        BIAS = vector_pointer(SLAB, STARTS, entry, bias)
+        bias_x = tl.load(BIAS + at, mask=inside, other=0.0).to(tl.float32)
+        bias_y = tl.load(BIAS + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        OF_Q = vector_pointer(SLAB, STARTS, entry, q_norm) + i
+        OF_K = vector_pointer(SLAB, STARTS, entry, k_norm) + i
+        norm_x = _either(head < HEADS, OF_Q, OF_K, i < HALF)
+        norm_y = _either(head < HEADS, OF_Q + HALF, OF_K + HALF, i < HALF)
     if PDL:
         gdc_wait()
+    cos = tl.load(COS + row * HALF + i, mask=i < HALF, other=0.0)
+    sin = tl.load(SIN + row * HALF + i, mask=i < HALF, other=0.0)
     x = sum_partials(BASE, DELTA, row, at, inside, T, total * 2 * HALF, entry, SPLIT, HAS_DELTA)
     y = sum_partials(BASE, DELTA, row, at + HALF, inside, T, total * 2 * HALF, entry, SPLIT, HAS_DELTA)
     if HAS_BIAS:
-        BIAS = vector_pointer(SLAB, STARTS, entry, bias)
-        x += tl.load(BIAS + at, mask=inside, other=0.0).to(tl.float32)
-        y += tl.load(BIAS + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        x += bias_x
+        y += bias_y
     turned = head < HEADS + KV_HEADS
     if HAS_NORM:
         rstd = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / (2 * HALF) + eps)[:, None]
-        OF_Q = vector_pointer(SLAB, STARTS, entry, q_norm) + i
-        OF_K = vector_pointer(SLAB, STARTS, entry, k_norm) + i
-        x = tl.where(turned, _normed(x, rstd, _either(head < HEADS, OF_Q, OF_K, i < HALF)), x)
-        y = tl.where(turned, _normed(y, rstd, _either(head < HEADS, OF_Q + HALF, OF_K + HALF, i < HALF)), y)
-    cos = tl.load(COS + row * HALF + i, mask=i < HALF, other=0.0)
-    sin = tl.load(SIN + row * HALF + i, mask=i < HALF, other=0.0)
+        x = tl.where(turned, _normed(x, rstd, norm_x), x)
+        y = tl.where(turned, _normed(y, rstd, norm_y), y)
     first = tl.where(turned, x * cos - y * sin, x).to(Q.dtype.element_ty)
     second = tl.where(turned, y * cos + x * sin, y).to(Q.dtype.element_ty)
 
     to_q = Q + row.to(tl.int64) * (HEADS * 2 * HALF) + at
     tl.store(to_q, first, mask=inside & (head < HEADS))
     tl.store(to_q + HALF, second, mask=inside & (head < HEADS))
-    slot = tl.load(SLOTS + row).to(tl.int64)
     # K's heads and then V's: as they follow one another in the row, so they do in a block.
     place = (slot // BLOCK_SIZE * (2 * KV_HEADS) + (head - HEADS)) * BLOCK_SIZE + slot % BLOCK_SIZE
     to_cache = CACHE + place * (2 * HALF) + i

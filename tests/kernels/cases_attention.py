@@ -43,7 +43,7 @@ def _prefill(rows: int, heads: int, kv_heads: int, dim: int, window: int | None 
 
 
 CASES = [
-    Case("attention decode 32/32 128", lambda: _decode(64, 32, 32, 128), DECODE),
+    Case("attention decode 32/32 128", lambda: _decode(64, 32, 32, 128), DECODE | {90: (*DECODE[90], r"CCTL\.E\.PF2")}),
     Case("attention decode 8/4 200, window", lambda: _decode(256, 8, 4, 200, 512), DECODE),
     Case("attention prefill 32/8 128", lambda: _prefill(2048, 32, 8, 128), PREFILL),
     Case("attention prefill 32/8 128, few rows", lambda: _prefill(16, 32, 8, 128, 4096), SHARED),
