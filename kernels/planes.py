@@ -1,8 +1,8 @@
 """Activations as bit planes, and what passes between fused kernels: helpers for whoever owns a row.
 
-A row's producer (norm, SiLU x up, attention) quantises it while it is in registers. Grid: one program for each row and
-each of several slices; every program recomputes the statistics of the whole row and writes its own slice, so that a
-single row is not the serial work of one multiprocessor.
+The norm quantises its rows while they are in registers; what SiLU and attention leave is read once more by a launch of
+its own. Grid: one program for each row and each of several slices; every program recomputes the statistics of the whole
+row and writes its own slice, so that a single row is not the serial work of one multiprocessor.
 
 Error: x is rounded to multiples of max |x| / 32639, by at most half of one (half to +inf). A product with signs over K
 inputs is then off by at most K max |x| / 65278 times its scale. Roundings are as good as independent: the error's root

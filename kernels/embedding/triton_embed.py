@@ -113,6 +113,10 @@ def embed_kernel(
     row = tl.program_id(0)
     which = tl.program_id(1)
     k = which * KS + tl.arange(0, KS)
+    # Loads that need each other are what takes time here: two chains of them, side by side.
+    entry = tl.load(ENTRY + row)
+    FIELD = TABLE + (entry * targets + target) * _FIELDS
+    own = tl.load(FIELD + _OUTPUTS)
     token = tl.load(TOKENS + row).to(tl.int32)
     source = tl.load(SOURCE + row)
     token = tl.where(
@@ -120,9 +124,6 @@ def embed_kernel(
     )
     at = token.to(tl.int64) * K + k
     x = tl.load(WEIGHT + at, mask=k < tl.where(token < vocabulary, K, 0), other=0.0).to(tl.float32)
-    entry = tl.load(ENTRY + row)
-    FIELD = TABLE + (entry * targets + target) * _FIELDS
-    own = tl.load(FIELD + _OUTPUTS)
     outputs = tl.where(own > 0, own, vocabulary)
     if SIGNS and tl.load(FIELD + _PLANES) > 0:
         x += _sign_row(INTS, FLOATS, FIELD, token, outputs, which, (K + 255) // 256, KS, COLUMNS)
