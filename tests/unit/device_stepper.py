@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from bitdelta_core.models.weights import Weights
 from kernels.delta_linear import choice
 from kernels.delta_linear.wide import row_tiles
 from kernels.device import UNIT, segment_table
+from tests.unit.models_harness import Running
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE: torch.dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -43,16 +43,6 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     off = actual - expected
     size = off.abs().max() if DEVICE.type == "cpu" else off.square().mean().sqrt()
     return float(size / expected.square().mean().sqrt())
-
-
-@dataclass(eq=False)
-class Running:
-    """A sequence being computed."""
-
-    slot: int
-    tokens: list[int]
-    blocks: list[int] = field(default_factory=list)
-    done: int = 0
 
 
 class Rig:
