@@ -8,10 +8,17 @@ row padded to 16; the base product, the scale and the sum are launches of their 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import gpu_timing
 import torch
 import triton
 import triton.language as tl
+
+Settings = tuple[int, int, int, int]
+"""BN, BK, stages, warps"""
+CONFIGS: tuple[Settings, ...] = ((256, 64, 3, 4), (128, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2))
+"""The shapes that the published kernel tunes over."""
 
 
 @triton.jit
@@ -42,8 +49,7 @@ class Published:
     """int32 [rows, K / 32, N]"""
     scale_B1: torch.Tensor
     """Compute dtype [rows, 1]"""
-    config: tuple[int, int, int, int] = (64, 32, 4, 2)
-    """BN, BK, stages, warps"""
+    config: Settings = CONFIGS[0]
 
     def __call__(self, x_BK: torch.Tensor, out_BN: torch.Tensor, delta_BN: torch.Tensor) -> torch.Tensor:
         (rows, inner), columns = x_BK.shape, out_BN.shape[1]
@@ -55,15 +61,27 @@ class Published:
         return out_BN.add_(delta_BN * self.scale_B1)
 
 
-CONFIGS = ((256, 64, 3, 4), (128, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2))
-"""The shapes that the published kernel tunes over."""
-
-
 def pack_words(sign_NK: torch.Tensor) -> torch.Tensor:
     """bool [N, K] -> int32 [K / 32, N]."""
     n, k = sign_NK.shape
     shifted = sign_NK.view(n, k // 32, 32).long() << torch.arange(32, device=sign_NK.device)
     return shifted.sum(-1).to(torch.int32).T.contiguous()
+
+
+@lru_cache(maxsize=16)
+def published_error(config: Settings, dtype: torch.dtype, device: torch.device) -> float:
+    """Relative, of three rows with signs of their own against the definition in float64."""
+    rows, outputs, inputs = 3, 512, 256
+    generator = torch.Generator(device).manual_seed(1)
+    sign_BNK = torch.rand(rows, outputs, inputs, generator=generator, device=device) < 0.5
+    x_BK, weight_NK, scale_B1 = (
+        torch.randn(shape, generator=generator, device=device).to(dtype)
+        for shape in ((rows, inputs), (outputs, inputs), (rows, 1))
+    )
+    found, delta = (torch.full((rows, outputs), float("nan"), dtype=dtype, device=device) for _ in range(2))
+    Published(weight_NK, torch.stack([pack_words(sign) for sign in sign_BNK]), scale_B1, config)(x_BK, found, delta)
+    own_BNK = weight_NK.double() + scale_B1.double()[:, :, None] * (sign_BNK.double() * 2 - 1)
+    return gpu_timing.relative_error(found, torch.einsum("bk,bnk->bn", x_BK.double(), own_BNK))
 
 
 def naive(x_BK: torch.Tensor, weights_BNK: torch.Tensor, out_BN: torch.Tensor) -> torch.Tensor:

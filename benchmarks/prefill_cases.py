@@ -23,7 +23,7 @@ CHUNKS = ((512, 512), (2048, 2048), (512, 4096))
 SLICE = 2**24
 """Bytes of W + D at a time"""
 BF16_LIMIT = 1.2e-2
-"""Of merged weights."""
+"""Of merged weights, and of what is rounded between launches."""
 
 
 def prefill(session: Any, name: str, shape: Shape) -> None:
