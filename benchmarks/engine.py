@@ -15,19 +15,18 @@ import asyncio
 import itertools
 import os
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import engine_cases
 import gpu_timing
 import synthetic
 from arrivals import Offered, make_load, play, summary
 
-from bitdelta_core import Engine, EngineConfig, GenerationRequest, SamplingParams
+from bitdelta_core import Engine, GenerationRequest, SamplingParams
 
 COLD_PERIOD_S = 0.2
 """Between two requests for variants that are not resident."""
@@ -89,36 +88,21 @@ def warm_up(engine: Engine, variants: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(synthetic.SHAPES), default="llama-2-7b")
-    parser.add_argument("--kind", choices=("row", "row_col", "lora"), default="row")
+    parser = engine_cases.engine_parser(__doc__)
     parser.add_argument("--variants", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--rates", type=float, nargs="+", default=[8.0])
     parser.add_argument("--arrival", choices=("poisson", "gamma"), default="poisson")
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--longest", type=int, default=1024)
-    parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--slab-gb", type=float, default=None, help="None: the engine's own choice")
-    parser.add_argument("--work", type=Path, default=None, help="keeps the checkpoint there between runs")
-    parser.add_argument("--dry-run", action="store_true", help="write no results")
     arguments = parser.parse_args()
-    with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as work:
-        return run(arguments, Path(work))
+    with engine_cases.workplace(arguments) as work:
+        return run(arguments, work)
 
 
 def run(arguments: argparse.Namespace, work: Path) -> int:
     shape = synthetic.SHAPES[arguments.shape]
-    base, delta = work / arguments.shape, work / f"{arguments.shape}-{arguments.kind}"
-    if not base.exists():
-        synthetic.write_base(shape, base)
-    if not delta.exists():
-        synthetic.write_delta(base, delta, arguments.kind)
+    base, delta = engine_cases.on_disk(arguments.shape, arguments.kind, work)
     report = gpu_timing.Report("engine", arguments.dry_run, gpu_timing.read_bandwidth())
-    config = EngineConfig(max_num_seqs=arguments.max_num_seqs)
-    if arguments.slab_gb is not None:
-        config = replace(config, slab_bytes=int(arguments.slab_gb * 1e9))
     begun = time.perf_counter()
-    with Engine(base, config, lambda sha256: nullcontext(delta)) as engine:
+    with Engine(base, engine_cases.engine_config(arguments), lambda sha256: nullcontext(delta)) as engine:
         print(f"started in {time.perf_counter() - begun:.1f} s\n{engine.memory.table()}", flush=True)
         failed = 0
         for variants in arguments.variants:

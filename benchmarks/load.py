@@ -9,15 +9,13 @@ long running sequences wait while deltas load is in `engine.py`. JSON lines in b
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
+import engine_cases
 import gpu_timing
 import synthetic
 import torch
@@ -80,24 +78,15 @@ def measure(report: Report, base: Path, delta: Path, kind: str, repeats: int, dt
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(synthetic.SHAPES), default="llama-2-7b")
-    parser.add_argument("--kinds", nargs="+", choices=("row", "row_col", "lora"), default=["row", "row_col", "lora"])
+    parser = engine_cases.base_parser(__doc__)
+    parser.add_argument("--kinds", nargs="+", choices=engine_cases.KINDS, default=engine_cases.KINDS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--work", type=Path, default=None, help="keeps the checkpoint there between runs")
-    parser.add_argument("--dry-run", action="store_true", help="write no results")
     arguments = parser.parse_args()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     report = Report("load", arguments.dry_run, gpu_timing.read_bandwidth())
-    with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as directory:
-        work = Path(directory)
-        base = work / arguments.shape
-        if not base.exists():
-            synthetic.write_base(synthetic.SHAPES[arguments.shape], base)
+    with engine_cases.workplace(arguments) as work:
         for kind in arguments.kinds:
-            delta = work / f"{arguments.shape}-{kind}"
-            if not delta.exists():
-                synthetic.write_delta(base, delta, kind)
+            base, delta = engine_cases.on_disk(arguments.shape, kind, work)
             measure(report, base, delta, kind, arguments.repeats, dtype)
     return 1 if report.failed else 0
 

@@ -18,20 +18,19 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import engine as bare
+import engine_cases
 import gpu_timing
 import httpx
 import synthetic
 from arrivals import Offered, make_load, play, summary
 
-from bitdelta_core import Engine, EngineConfig
+from bitdelta_core import Engine
 from bitdelta_core.delta.format import open_delta
 from deployments.metadata import metadata_of
 from storage import Catalog, open_store
@@ -128,29 +127,17 @@ async def over_http(url: str, base: str, load: list[Offered]) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(synthetic.SHAPES), default="llama-2-7b")
-    parser.add_argument("--kind", choices=("row", "row_col", "lora"), default="row")
+    parser = engine_cases.engine_parser(__doc__)
     parser.add_argument("--variants", type=int, default=32)
     parser.add_argument("--rate", type=float, default=8.0)
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--longest", type=int, default=1024)
-    parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--slab-gb", type=float, default=None)
-    parser.add_argument("--work", type=Path, default=None, help="keeps the checkpoint there between runs")
-    parser.add_argument("--dry-run", action="store_true", help="write no results")
     arguments = parser.parse_args()
-    with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as work:
-        return run(arguments, Path(work))
+    with engine_cases.workplace(arguments) as work:
+        return run(arguments, work)
 
 
 def run(arguments: argparse.Namespace, work: Path) -> int:
     shape = synthetic.SHAPES[arguments.shape]
-    base, delta = work / arguments.shape, work / f"{arguments.shape}-{arguments.kind}"
-    if not base.exists():
-        synthetic.write_base(shape, base)
-    if not delta.exists():
-        synthetic.write_delta(base, delta, arguments.kind)
+    base, delta = engine_cases.on_disk(arguments.shape, arguments.kind, work)
     deltas = copies_of(delta, work / "copies", arguments.variants)
     publish(deltas, work / "repository")
     report = gpu_timing.Report("serve_gpu", arguments.dry_run, gpu_timing.read_bandwidth())
@@ -163,8 +150,8 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
     )
     first = [Offered(0.1 * i, i, (5, 6, 7), 2) for i in range(arguments.variants)]
     options = ["--max-num-seqs", str(arguments.max_num_seqs)]
-    if arguments.slab_gb is not None:
-        options += ["--slab-bytes", str(int(arguments.slab_gb * 1e9))]
+    if (slab := engine_cases.slab_bytes(arguments)) is not None:
+        options += ["--slab-bytes", str(slab)]
     direct = [*options, "--direct-streaming", "--host", "0.0.0.0"]
     results = {}
     for system, given in (("ray serve", options), ("ray serve, direct streaming", direct)):
@@ -181,11 +168,8 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
 
 
 def _alone(base: Path, deltas: list[Path], arguments: argparse.Namespace, load: list[Offered]) -> dict:
-    config = EngineConfig(max_num_seqs=arguments.max_num_seqs)
-    if arguments.slab_gb is not None:
-        config = replace(config, slab_bytes=int(arguments.slab_gb * 1e9))
     named = {f"variant-{i}": path for i, path in enumerate(deltas)}
-    with Engine(base, config, lambda name: nullcontext(named[name])) as engine:
+    with Engine(base, engine_cases.engine_config(arguments), lambda name: nullcontext(named[name])) as engine:
         bare.warm_up(engine, len(deltas))
         return asyncio.run(bare.measure(engine, load, cold=False))
 

@@ -82,7 +82,7 @@ class Zoo:
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) / max(parameter.shape) ** 0.5)
-        wrapped.save_pretrained(path)
+        wrapped.save_pretrained(str(path))
 
     def reference(self, kind: str | None) -> Any:
         """The restored variant in transformers, float32."""
@@ -105,9 +105,9 @@ class Zoo:
         if (kind, dtype) not in self._roundings:
             tokens = random.Random(0).choices(range(256), k=128)
             exact, device = self.logits(kind, tokens), "cuda" if torch.cuda.is_available() else "cpu"
-            model = AutoModelForCausalLM.from_pretrained(self._restored(kind), dtype=dtype).eval().to(device)
+            model: Any = AutoModelForCausalLM.from_pretrained(self._restored(kind), dtype=dtype)
             with torch.no_grad():
-                rounded = model(torch.tensor([tokens], device=device)).logits[0].float().cpu()
+                rounded = model.eval().to(device)(torch.tensor([tokens], device=device)).logits[0].float().cpu()
             off = (rounded - exact).abs() / exact.std(dim=1, keepdim=True)
             self._roundings[kind, dtype] = float(off.max())
         return self._roundings[kind, dtype]
