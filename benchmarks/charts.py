@@ -24,6 +24,8 @@ class Series:
     dash: int = 0
     worst: Sequence[float] = ()
     """Of each point, where it is a mean: how low a bar reaches from it"""
+    spread: Sequence[tuple[float, float]] = ()
+    """Of each point, where it was measured several times: the least and the largest"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Chart:
     def svg(self) -> str:
         points = [p for s in self.series for p in s.points]
         points += [(x, low) for s in self.series for (x, _), low in zip(s.points, s.worst, strict=bool(s.worst))]
+        points += [(x, y) for s in self.series for (x, _), ends in zip(s.points, s.spread, strict=False) for y in ends]
         assert points, f"{self.title}: nothing to draw"
         to_x, x_ticks = _axis([p[0] for p in points], self.log_x, LEFT, WIDTH - RIGHT)
         to_y, y_ticks = _axis([p[1] for p in points], self.log_y, HEIGHT - BOTTOM, TOP)
@@ -109,10 +112,17 @@ def _line(series: Series, color: str, to_x: Callable[[float], float], to_y: Call
     at = [(to_x(x), to_y(y)) for x, y in sorted(series.points)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     dash = f' stroke-dasharray="{DASHES[series.dash]}"' if series.dash else ""
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in at if not series.dash)
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in at if not series.dash or series.worst
+    )
     bars = "".join(
         f'<path d="M{to_x(x):.1f} {to_y(y):.1f}V{to_y(low):.1f}" stroke="{color}" stroke-width="3" opacity="0.3"/>'
         for (x, y), low in zip(series.points, series.worst, strict=bool(series.worst))
+    )
+    bars += "".join(
+        f'<path d="M{to_x(x):.1f} {to_y(low):.1f}V{to_y(high):.1f}M{to_x(x) - 4:.1f} {to_y(low):.1f}h8'
+        f'M{to_x(x) - 4:.1f} {to_y(high):.1f}h8" stroke="{color}" fill="none"/>'
+        for (x, _), (low, high) in zip(series.points, series.spread, strict=bool(series.spread))
     )
     return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>{dots}{bars}'
 

@@ -1,13 +1,12 @@
-"""How much of each fine-tune survives compression: benchmarks/fidelity.py BASE FINETUNE... --eval FILE --text FILE
+"""How much of each fine-tune survives compression, by codec and budget: benchmarks/fidelity.py --models DIR
 
-FINETUNE is a directory, or DIRECTORY=TASK. TASK is a key of the evaluation file, or `text`; by default the key that the
-directory's name begins with, else `text`. The evaluation file is a JSON object; each task is a list of [prompt, answer]
-(exact match of the greedy continuation) or of {"messages": [...], "answer": ...} (nats per answer token under the chat
-template; the bare base reads the last message as a plain prompt). The text file is a JSON list of documents (nats per
-token in windows of the variant's context). An adapter is first restored to a full checkpoint, so that the sign codec
-can be judged on it too.
+DIR holds `base`, the fine-tunes (full ones, or PEFT adapters, which are first merged), `eval.json` (task -> rows) and
+`valid.json` (a list of documents); benchmarks/make_models.py writes such a directory. A fine-tune is judged on the
+task that its directory's name begins with, else on the documents (`fidelity_tasks.py`). --base, --finetunes, --eval and
+--text name other files; a fine-tune is then a directory, or DIRECTORY=TASK.
 
-Every variant is scored as its restored checkpoint in transformers. One JSON line per variant goes to --out.
+Seeds draw the prompts, and the masks of what drops at random; everything else is compressed once and judged on the
+prompts of every seed. One JSON line per way and seed goes to --out. docs/fidelity.md has the results.
 """
 
 from __future__ import annotations
@@ -19,187 +18,158 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from fidelity_bases import METHODS, shifts
+from fidelity_tasks import TEXT, Judge, Score, Task, draws, make_task, summed
+from fidelity_ways import CODECS, Made, Subject, Way, ways
 
-from bitdelta_core.delta import auto
-from bitdelta_core.delta.auto import AutoOptions
+from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.compress import compress
-from bitdelta_core.delta.distill import DistillOptions
-from bitdelta_core.delta.dropout import RATIOS, DropoutOptions
-from bitdelta_core.delta.format import open_delta
-from bitdelta_core.delta.inspect import summarise
+from bitdelta_core.delta.dropout import RATIOS
+from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
-from bitdelta_core.delta.planning import CompressOptions
 from bitdelta_core.delta.restore import restore
 
-LAYOUTS = ("tensor", "row", "row_col")
-NEW_TOKENS = 48
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODELS = "BITDELTA_MODELS"
+Record = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Token ids; those from `scored` on are judged."""
+class Bench:
+    """One run: its arguments, and what every record says of its conditions."""
 
-    ids: list[int]
-    scored: int
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        base = Checkpoint(args.base)
+        self.bases = {METHODS[method]: shifts(base, method, args) for method in args.base_bits}
+        self.conditions = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "commit": args.commit or _commit(),
+            "machine": machine(args.device),
+            "base_parameters": sum(base.get(name).numel() for name in base.names),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "command": "benchmarks/fidelity.py " + " ".join(_shorten(arg) for arg in sys.argv[1:]),
+        }
 
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a variant is judged on."""
-
-    name: str
-    samples: list[Sample]
-    prompts: list[str]
-    """Empty where no exact match is asked for."""
-    answers: list[str]
-
-    @property
-    def metric(self) -> str:
-        return "exact_match" if self.prompts else "nats"
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A variant's figures; kl (fine-tune || variant, nats per token) and top1 are against the fine-tune."""
-
-    exact_match: float | None
-    nats: float
-    kl: float | None = None
-    top1: float | None = None
+    def run(self, spec: str, work: Path) -> Iterator[Record]:
+        """All records of one fine-tune."""
+        trial = Trial(self.args, spec, work)
+        yield from trial.ends()
+        for name, shift in self.bases.items():
+            yield from trial.base_alone(Way("base", base=name), shift)
+        chosen = list(ways(self.args))
+        if is_adapter(trial.subject.source):
+            chosen = [Way("lora"), *(way for way in chosen if not way.trains)]
+        for way in chosen:
+            yield from trial.records(way, self.bases)
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to compress."""
+class Trial:
+    """One fine-tune on its task. The model is loaded once; each variant's weights take the place of the last one's."""
 
-    codec: str
-    scale: str | None = None
-    bits: int | None = None
-    distill: bool = False
-    embeddings: str | None = None
-    """None: as --embeddings says. auto has them in its budget."""
-    ratio: int | None = None
-    """deltadq: by the paper's count"""
-    mask_rows: int | None = None
-    """deltadq"""
-    budget: float | None = None
-    """auto: bits per weight"""
-    calibrate: bool | None = None
-    """auto: False weighs all errors alike."""
+    def __init__(self, args: argparse.Namespace, spec: str, work: Path) -> None:
+        path, _, named = spec.partition("=")
+        self.args = args
+        source = Path(path)
+        fine = source
+        if is_adapter(source):
+            fine = restore(args.base, compress(args.base, source, work / "adapter"), work / "merged")
+        self.subject = Subject(args, source, fine, work)
+        name, rows = _rows(args, source.name, named)
+        drawn = draws(name, rows, (args.prompts, args.answers, args.windows), args.seeds)
+        union = sorted(set().union(*drawn))
+        self.chosen = [[union.index(i) for i in draw] for draw in drawn]
+        self.rows = [rows[i] for i in union]
+        self.task = make_task(name, self.rows, fine)
+        self.model = load(fine, args.device)
+        self.judge = Judge(self.task, args.device, self.model)
+        self.fine = self._scores(self.judge.figures(self.model, range(len(union))), self.task)
+        self.base = self._base_scores()
 
+    def ends(self) -> Iterator[Record]:
+        """Base and fine-tune."""
+        for seed, (base, fine) in enumerate(zip(self.base, self.fine, strict=True)):
+            yield {**self._head(Way("base"), seed), "score": asdict(base), "gain_kept": 0.0}
+            yield {**self._head(Way("fine-tune"), seed), "score": asdict(fine), "gain_kept": 1.0}
 
-def ways(args: argparse.Namespace) -> Iterator[Way]:
-    """The grid; distil "some": one bit in every layout, more bits with row scales only, and auto."""
-    for budget in args.budgets:
-        yield Way("auto", budget=budget)
-        if args.data_free:
-            yield Way("auto", budget=budget, calibrate=False)
-        if args.distil != "none":
-            yield Way("auto", budget=budget, distill=True)
-    for ratio in args.ratios:
-        for mask_rows in args.mask_rows:
-            yield Way("deltadq", ratio=ratio, mask_rows=mask_rows)
-    if args.dense:
-        yield Way("dense")
-        for embeddings in ("int8", "int4", "int2"):
-            yield Way("dense", embeddings=embeddings)
-    for bits in args.bits:
-        for scale in args.scales:
-            yield Way("bitdelta", scale, bits)
-            if args.distil == "all" or (args.distil == "some" and (bits == 1 or scale == "row")):
-                yield Way("bitdelta", scale, bits, distill=True)
+    def base_alone(self, way: Way, shift: Mapping[str, torch.Tensor]) -> Iterator[Record]:
+        """The quantised base without any delta."""
+        for seed, got in enumerate(self._base_scores(shift)):
+            yield {**self._head(way, seed), "score": asdict(got), "gain_kept": self._gain(got, seed)}
 
+    def records(self, way: Way, bases: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[Record]:
+        """Of one way, over the base and over the quantised ones."""
+        every = list(range(self.args.seeds))
+        for seeds in [[seed] for seed in every] if way.random else [every]:
+            started = time.monotonic()
+            made = self.subject.make(way, seeds[0])
+            seconds = round(time.monotonic() - started, 2)
+            over: dict[str | None, Mapping[str, torch.Tensor]] = {None: {}}
+            for base, shift in (over | bases if way.codec != "whole" else over).items():
+                self._put(made, shift)
+                judged = sorted({i for seed in seeds for i in self.chosen[seed]})
+                figures = self.judge.figures(self.model, judged)
+                for seed in seeds:
+                    got = summed(figures, self.chosen[seed], exact=self.task.exact)
+                    own = Way(**{**asdict(way), "base": base})
+                    yield {
+                        **self._record(own, seed, made),
+                        "score": asdict(got),
+                        "gain_kept": self._gain(got, seed),
+                    } | {"compress_seconds": seconds}
 
-def load(path: Path) -> Any:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.to(DEVICE).eval()
+    def _record(self, way: Way, seed: int, made: Made) -> Record:
+        return {
+            **self._head(way, seed),
+            "nbytes": made.nbytes,
+            "ratio": self.subject.nbytes_16bit / made.nbytes,
+            "linear_bits_per_weight": 8 * made.linear_nbytes / self.subject.linear_weights,
+            "training": made.training,
+        }
 
+    def _head(self, way: Way, seed: int) -> Record:
+        return {
+            "finetune": self.subject.source.name,
+            "task": self.task.name,
+            "metric": self.task.metric,
+            "samples": len(self.chosen[seed]),
+            "seed": seed,
+            "way": way.described,
+        }
 
-def tokenizer_of(path: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(path)
+    def _gain(self, got: Score, seed: int) -> float | None:
+        return gain_kept(self.task, got, self.base[seed], self.fine[seed])
 
+    def _scores(self, figures: torch.Tensor, task: Task) -> list[Score]:
+        return [summed(figures, chosen, exact=task.exact) for chosen in self.chosen]
 
-def make_task(name: str, rows: Sequence[Any], fine: Path, *, plain: bool, windows: int) -> Task:
-    """The task as this checkpoint's tokenizer sees it; `plain`: without its chat template."""
-    tokenizer = tokenizer_of(fine)
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    if name == "text":
-        return Task(name, list(_windows(rows, tokenizer, bos, fine, windows)), [], [])
-    if isinstance(rows[0], dict):
-        samples = []
-        for row in rows:
-            text = row["messages"][-1]["content"] + "\n" if plain else _chat_prompt(tokenizer, row["messages"])
-            prompt = (bos if plain else []) + _encode(tokenizer, text)
-            samples.append(Sample(prompt + _encode(tokenizer, row["answer"]), len(prompt)))
-        return Task(name, samples, [], [])
-    pairs = [(bos + _encode(tokenizer, prompt), _encode(tokenizer, answer)) for prompt, answer in rows]
-    samples = [Sample(prompt + answer, len(prompt)) for prompt, answer in pairs]
-    return Task(name, samples, [row[0] for row in rows], [row[1].strip() for row in rows])
+    def _base_scores(self, shift: Mapping[str, torch.Tensor] | None = None) -> list[Score]:
+        """The bare base; where the fine-tune has a template of its own, it is asked without."""
+        judge, model = self.judge, load(self.args.base, self.args.device)
+        if isinstance(self.rows[0], dict):
+            judge = Judge(make_task(self.task.name, self.rows, self.args.base, plain=True), self.args.device, None)
+        for name, added in (shift or {}).items():
+            model.get_parameter(name).data += added
+        return self._scores(judge.figures(model, range(len(self.rows))), self.task)
 
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def _windows(rows: Sequence[str], tokenizer: Any, bos: list[int], fine: Path, count: int) -> Iterator[Sample]:
-    """The first window of each of the longest documents, in the fine-tune's whole context."""
-    length = json.loads((fine / "config.json").read_text())["max_position_embeddings"]
-    for text in sorted(rows, key=len, reverse=True)[:count]:
-        yield Sample((bos + _encode(tokenizer, text))[:length], len(bos))
-
-
-@torch.no_grad()
-def score(model: Any, task: Task, tokenizer: Any, teacher: Any | None, *, batch: int) -> Score:
-    """All figures of one model."""
-    totals = torch.zeros(4, dtype=torch.float64)  # nats, kl, agreements, tokens
-    size = 1 if task.name == "text" else batch
-    for start in range(0, len(task.samples), size):
-        totals += _score_batch(model, task.samples[start : start + size], teacher)
-    nats, kl, same = (totals[:3] / totals[3]).tolist()
-    exact = _exact_match(model, task, tokenizer, batch) if task.prompts else None
-    return Score(exact, nats, kl if teacher else None, same if teacher else None)
-
-
-def _score_batch(model: Any, samples: list[Sample], teacher: Any | None) -> torch.Tensor:
-    longest = max(len(s.ids) for s in samples)
-    ids = torch.tensor([s.ids + [0] * (longest - len(s.ids)) for s in samples], device=DEVICE)
-    real = torch.tensor([[i < len(s.ids) for i in range(longest)] for s in samples], device=DEVICE)
-    judged = torch.tensor([[s.scored <= i < len(s.ids) for i in range(longest)] for s in samples], device=DEVICE)
-    before = judged.roll(-1, 1)  # a token is judged by the logits of the position before it
-    logp = model(input_ids=ids, attention_mask=real.long()).logits[before].float().log_softmax(-1)
-    nats = -logp.gather(1, ids[judged].unsqueeze(1)).sum()
-    if teacher is None:
-        return torch.tensor([nats.item(), 0, 0, judged.sum().item()], dtype=torch.float64)
-    wanted = teacher(input_ids=ids, attention_mask=real.long()).logits[before].float().log_softmax(-1)
-    rows = wanted.shape[1]
-    kl = (wanted.exp() * (wanted - logp[:, :rows])).sum()
-    same = (wanted.argmax(-1) == logp.argmax(-1)).sum()
-    return torch.tensor([nats.item(), kl.item(), same.item(), judged.sum().item()], dtype=torch.float64)
-
-
-def _exact_match(model: Any, task: Task, tokenizer: Any, batch: int) -> float:
-    right = 0
-    tokenizer.padding_side = "left"
-    for start in range(0, len(task.prompts), batch):
-        heads = [s.ids[: s.scored] for s in task.samples[start : start + batch]]
-        padded = tokenizer.pad({"input_ids": heads}, return_tensors="pt").to(DEVICE)
-        out = model.generate(**padded, do_sample=False, max_new_tokens=NEW_TOKENS)
-        texts = tokenizer.batch_decode(out[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(text.strip() == answer for text, answer in zip(texts, task.answers[start:], strict=False))
-    return right / len(task.prompts)
+    @torch.no_grad()
+    def _put(self, made: Made, shift: Mapping[str, torch.Tensor]) -> None:
+        """Each weight as its restored checkpoint would have it, rounded to that one's dtype."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim != 2 or name in (EMBEDDING, HEAD):
+                parameter.copy_(made.other(name))
+                continue
+            weight = made.linear(name, self.subject.base_weight(name)).to(parameter.device)
+            if name in shift:
+                weight = weight + shift[name]
+            parameter.copy_(weight.to(self.subject.dtype(name)))
 
 
 def gain_kept(task: Task, got: Score, base: Score, fine: Score) -> float | None:
@@ -208,94 +178,25 @@ def gain_kept(task: Task, got: Score, base: Score, fine: Score) -> float | None:
     return (a - b) / (c - b) if c != b else None
 
 
-class Bench:
-    """One run: its arguments, and what every record says of its conditions."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.distill = DistillOptions(steps=args.distill_steps, batch=args.distill_batch, lr=args.distill_lr)
-        self.distill_auto = replace(self.distill, lr=auto.DISTILL.lr)
-        self.conditions = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "commit": args.commit or _commit(),
-            "machine": machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "command": "benchmarks/fidelity.py " + " ".join(_shorten(arg) for arg in sys.argv[1:]),
-        }
-
-    def run(self, spec: str, work: Path) -> Iterator[dict[str, Any]]:
-        """All records of one fine-tune."""
-        path, _, named = spec.partition("=")
-        source, base = Path(path), self.args.base
-        name, rows = self._rows(source.name, named)
-        fine = source
-        if is_adapter(source):
-            delta = compress(base, source, work / "adapter")
-            fine = restore(base, delta, work / "merged")
-        limits = {"windows": self.args.windows}
-        task = make_task(name, rows, fine, plain=False, **limits)
-        teacher, tokenizer = load(fine), tokenizer_of(fine)
-        own = make_task(name, rows, base, plain=True, **limits) if isinstance(rows[0], dict) else task
-        of_base = score(load(base), own, tokenizer_of(base), teacher if own is task else None, batch=self.args.batch)
-        of_fine = score(teacher, task, tokenizer, None, batch=self.args.batch)
-        common = {"finetune": source.name, "task": name, "metric": task.metric, "samples": len(task.samples)}
-        yield {**common, "way": {"codec": "base"}, "score": asdict(of_base), "gain_kept": 0.0}
-        yield {**common, "way": {"codec": "fine-tune"}, "score": asdict(of_fine), "gain_kept": 1.0}
-        for way in [
-            *([Way("lora")] if fine != source else []),
-            *ways(self.args),
-        ]:
-            started = time.monotonic()
-            delta = self._compress(way, source, fine, work / "delta")
-            seconds = time.monotonic() - started
-            summary = summarise(open_delta(delta))
-            model = load(restore(base, delta, work / "restored"))
-            got = score(model, task, tokenizer, teacher, batch=self.args.batch)
-            yield {
-                **common,
-                "way": {k: v for k, v in asdict(way).items() if v is not None},
-                "score": asdict(got),
-                "gain_kept": gain_kept(task, got, of_base, of_fine),
-                "nbytes": summary.nbytes,
-                "ratio": summary.ratio,
-                "linear_bits_per_weight": summary.linear_bits_per_weight,
-                "value_ratio": summary.linear_value_ratio,
-                "distillation": summary.provenance.get("distillation") or summary.provenance.get("measured"),
-                "compress_seconds": round(seconds, 1),
-            }
-            _remove(work / "delta", work / "restored")
-
-    def _compress(self, way: Way, source: Path, fine: Path, out: Path) -> Path:
-        if way.codec == "lora":
-            return compress(self.args.base, source, out)
-        if way.codec == "auto":
-            trained = self.distill_auto if way.distill else None
-            options = AutoOptions(bits=way.budget, calibrate=way.calibrate is not False, distill=trained)
-            return auto.compress(self.args.base, fine, out, options)
-        coding: dict[str, Any] = {"codec": way.codec, "embeddings": way.embeddings or self.args.embeddings}
-        if way.scale:
-            coding |= {"scale_layout": way.scale, "bits": way.bits}
-        if way.ratio:
-            coding["dropout"] = DropoutOptions.for_ratio(way.ratio, mask_rows=way.mask_rows)
-        return compress(
-            self.args.base, fine, out, CompressOptions(**coding), distillation=self.distill if way.distill else None
-        )
-
-    def _rows(self, directory: str, named: str) -> tuple[str, Sequence[Any]]:
-        tasks = json.loads(self.args.eval.read_text()) if self.args.eval else {}
-        name = named or next((key for key in tasks if directory.startswith(key)), "text")
-        if name != "text":
-            return name, tasks[name][: self.args.prompts]
-        if self.args.text is None:
-            raise SystemExit(f"{directory}: no task of this name in --eval, and no --text to judge it on")
-        return name, json.loads(self.args.text.read_text())
+def load(path: Path, device: str) -> Any:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {"cores": os.cpu_count(), "ram_gb": round(pages / 1e9, 1), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _rows(args: argparse.Namespace, directory: str, named: str) -> tuple[str, Sequence[Any]]:
+    tasks = json.loads(args.eval.read_text()) if args.eval else {}
+    name = named or next((key for key in tasks if directory.startswith(key)), TEXT)
+    if name != TEXT:
+        return name, tasks[name]
+    if args.text is None:
+        raise SystemExit(f"{directory}: no task of this name in --eval, and no --text to judge it on")
+    return name, json.loads(args.text.read_text())
 
 
 def _commit() -> str:
@@ -309,39 +210,54 @@ def _shorten(arg: str) -> str:
     return Path(arg).name if "/" in arg else arg
 
 
-def _remove(*directories: Path) -> None:
-    for directory in directories:
-        for file in directory.iterdir():
-            file.unlink()
-        directory.rmdir()
-
-
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("finetune", nargs="+", help="DIRECTORY or DIRECTORY=TASK")
+    parser.add_argument("--models", type=Path, help=f"by default what ${MODELS} names")
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--finetunes", nargs="+", help="directories, or names in --models; each perhaps with =TASK")
     parser.add_argument("--eval", type=Path, help="JSON of tasks")
     parser.add_argument("--text", type=Path, help="JSON list of documents")
-    parser.add_argument("--prompts", type=int, default=200, help="at most so many per task")
-    parser.add_argument("--windows", type=int, default=8, help="documents of --text")
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--embeddings", default="auto", choices=["auto", "exact", "int8", "int4", "int2"])
-    parser.add_argument("--bits", type=int, nargs="*", default=[1, 2, 3, 4], help="sign planes to try")
-    parser.add_argument("--scales", nargs="+", default=LAYOUTS, choices=LAYOUTS)
-    parser.add_argument("--budgets", type=float, nargs="*", default=[2.0, 1.0, 0.5, 0.25, 0.125], help="auto: bits")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=100, help="of exact match, for each seed")
+    parser.add_argument("--answers", type=int, default=25, help="of chat, for each seed")
+    parser.add_argument("--windows", type=int, default=2, help="documents of --text, for each seed")
+    parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=CODECS)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="bits per weight")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[16, 32, 64, 128], choices=list(RATIOS))
+    parser.add_argument("--mask-rows", type=int, nargs="+", default=[1], help="deltadq: rows that share masks")
     parser.add_argument("--data-free", action="store_true", help="auto: without calibration text as well")
-    parser.add_argument("--ratios", type=int, nargs="*", default=list(RATIOS), help="deltadq: by the paper's count")
-    parser.add_argument("--mask-rows", type=int, nargs="*", default=[1, 16, 64], help="deltadq: rows that share masks")
-    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True, help="embeddings alone")
-    parser.add_argument("--distil", choices=["all", "some", "none"], default="all", help=ways.__doc__)
-    defaults = DistillOptions()
-    parser.add_argument("--distill-steps", type=int, default=defaults.steps)
-    parser.add_argument("--distill-batch", type=int, default=defaults.batch)
-    parser.add_argument("--distill-lr", type=float, default=defaults.lr)
+    parser.add_argument("--train-auto", action="store_true", help="auto: with trained factors as well")
+    parser.add_argument("--distill-steps", type=int, default=50, help="of bitdelta and auto; 0: no training")
+    parser.add_argument("--distill-batch", type=int, default=2)
+    parser.add_argument("--embeddings", default="auto", choices=["auto", "exact", "int8", "int4", "int2"])
+    parser.add_argument("--base-bits", nargs="*", default=[], choices=list(METHODS), help="quantised bases as well")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--commit", help="recorded; by default git is asked")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity.jsonl")
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    return _completed(args, parser)
+
+
+def _completed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """With what --models says where nothing else does."""
+    if args.models is None and MODELS in os.environ:
+        args.models = Path(os.environ[MODELS])
+    if args.models is None and (args.base is None or args.finetunes is None):
+        parser.error(f"give --models (or set {MODELS}), or --base and --finetunes")
+    if args.models is None:
+        return args
+    args.base = args.base or args.models / "base"
+    args.eval = args.eval or args.models / "eval.json"
+    args.text = args.text or args.models / "valid.json"
+    found = sorted(
+        d.name
+        for d in args.models.iterdir()
+        if d != args.base and ((d / "config.json").is_file() or (d / "adapter_config.json").is_file())
+    )
+    named = args.finetunes or found
+    args.finetunes = [name if "/" in name else str(args.models / name) for name in named]
+    return args
 
 
 def main() -> None:
@@ -352,14 +268,18 @@ def main() -> None:
     bench = Bench(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as out:
-        for spec in args.finetune:
+        for spec in args.finetunes:
             with tempfile.TemporaryDirectory() as work:
                 for record in bench.run(spec, Path(work)):
                     out.write(json.dumps({**record, **bench.conditions}) + "\n")
                     out.flush()
-                    kept = record["gain_kept"]
-                    figures = {k: round(v, 4) for k, v in record["score"].items() if v is not None}
-                    print(record["finetune"], record["way"], record.get("nbytes"), figures, kept and round(kept, 3))
+                    _print(record)
+
+
+def _print(record: Record) -> None:
+    kept = record["gain_kept"]
+    figures = {k: round(v, 4) for k, v in record["score"].items() if v is not None}
+    print(record["finetune"], record["seed"], record["way"], record.get("nbytes"), figures, kept and round(kept, 3))
 
 
 if __name__ == "__main__":

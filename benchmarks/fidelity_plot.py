@@ -1,7 +1,8 @@
-"""Gain kept against bits per weight, one curve per codec: benchmarks/fidelity_plot.py [RESULTS.jsonl] [OUT.svg]
+"""Gain kept against bits per weight, one curve per codec: benchmarks/fidelity_plot.py [RESULTS.jsonl]
 
-Each point is the mean over the fine-tunes that have it; a bar reaches down to the worst of them. Both axes count every
-byte of the linears' parts. The fine-tunes are those that every point of `auto` has; ways that lack one are left out.
+One figure for each base. A point is the mean over the fine-tunes and seeds; a pale bar reaches down to the worst
+fine-tune, a thin one shows the least and the largest seed. Bits count every byte of the linears' parts. Ways that one
+of the base's fine-tunes lacks are left out, as are adapters.
 """
 
 from __future__ import annotations
@@ -10,59 +11,77 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from charts import Chart, Series
-from fidelity_table import RESULTS, latest
+from fidelity_table import RESULTS, Cell, Way, bases, full, plain
 
-OUT = RESULTS.parents[2] / "docs" / "figures" / "fidelity.svg"
-Curve = list[tuple[float, float, float]]
-"""(bits per weight, mean gain, worst gain)"""
+FIGURES = RESULTS.parents[2] / "docs" / "figures"
+PRODUCT = ("auto", "bitdelta", "deltadq")
+LOWEST = -0.2
+"""What falls below is drawn here: a variant can be far worse than its base."""
 
 
-def series(way: Mapping[str, Any]) -> str | None:
+def series(way: Way) -> str | None:
     """Which curve a way belongs to; None: none."""
-    trained = ", trained" if way.get("distill") else ""
     match way["codec"]:
         case "auto":
-            return "auto" + (", data-free" if way.get("calibrate") is False else "") + trained
+            return "auto" + (", data-free" if way.get("calibrate") is False else "") + _trained(way)
         case "deltadq":
-            return f"deltadq, masks of {way['mask_rows']}"
+            return "deltadq" + (f", masks of {way['mask_rows']}" if way["mask_rows"] > 1 else "")
         case "bitdelta":
-            return f"bitdelta, {way['scale']}{trained}"
+            return f"bitdelta, {way['scale']}{_trained(way)}"
+        case "delta-come":
+            return "Delta-CoMe, GPTQ" if way.get("calibrate") else "Delta-CoMe, RTN"
+        case "dare":
+            return "DARE, seeded"
+        case "low-rank" | "magnitude":
+            return way["codec"]
+        case "whole":
+            return "whole model, RTN" if way.get("group") else None
     return None
 
 
-def curves(results: str) -> dict[str, Curve]:
-    """Series -> points in order of bits, of the ways that every fine-tune of the comparison has."""
-    by_way: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
-    for finetune, records in latest(results.splitlines()).items():
-        for record in records:
-            name = series(record["way"])
-            if name is not None and record["gain_kept"] is not None:
-                point = record["linear_bits_per_weight"], record["gain_kept"]
-                by_way.setdefault((name, str(record["way"])), {})[finetune] = point
-    shared = set.intersection(*(set(points) for (name, _), points in by_way.items() if name == "auto"))
-    found: dict[str, Curve] = {}
-    for (name, _), points in by_way.items():
-        if shared <= set(points):
-            bits, gains = zip(*(points[finetune] for finetune in sorted(shared)), strict=True)
-            found.setdefault(name, []).append((fmean(bits), fmean(gains), min(gains)))
-    return {name: sorted(points) for name, points in sorted(found.items())}
+def curves(finetunes: Mapping[str, Mapping[str, Cell]]) -> dict[str, Series]:
+    """Curve -> its points, in order of bits."""
+    found: dict[str, list[tuple[tuple[float, float], float, tuple[float, float]]]] = {}
+    judged = full(finetunes)
+    for cells in plain({name: finetunes[name] for name in judged}).values():
+        name = series(next(iter(cells.values())).way)
+        gains = [cell.values("gain_kept") for cell in cells.values()]
+        if name is None or len(cells) < len(judged) or not all(gains):
+            continue
+        bits = fmean(fmean(cell.values("linear_bits_per_weight")) for cell in cells.values())
+        seeds = [_shown(fmean(values)) for values in zip(*gains, strict=True)]
+        worst = _shown(min(map(fmean, gains)))
+        found.setdefault(name, []).append(((bits, fmean(seeds)), worst, (min(seeds), max(seeds))))
+    result = {}
+    for name, points in sorted(found.items(), key=lambda item: (not item[0].startswith(PRODUCT), item[0])):
+        points.sort()
+        own, worst, spread = zip(*points, strict=True)
+        result[name] = Series(name, own, dash=int(not name.startswith(PRODUCT)), worst=worst, spread=spread)
+    return result
 
 
-def chart(found: Mapping[str, Curve]) -> Chart:
-    """Means as lines, the worst fine-tune as bars."""
-    lines = [
-        Series(name, [(bits, mean) for bits, mean, _ in points], worst=[low for _, _, low in points])
-        for name, points in found.items()
-    ]
-    return Chart("Gain kept", "bits per weight of the linears", "gain kept, mean and worst", lines, log_x=True)
+def chart(parameters: int, finetunes: Mapping[str, Mapping[str, Cell]]) -> Chart:
+    title = f"Gain kept, base of {parameters / 1e6:.1f} M parameters, {len(full(finetunes))} fine-tunes"
+    return Chart(title, "bits per weight of the linears", "gain kept", list(curves(finetunes).values()), log_x=True)
+
+
+def _trained(way: Way) -> str:
+    return ", trained" if way.get("distill") else ""
+
+
+def _shown(gain: float) -> float:
+    return max(gain, LOWEST)
 
 
 def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    chart(curves(results.read_text())).write(Path(sys.argv[2]) if len(sys.argv) > 2 else OUT)
+    found = bases(results.read_text().splitlines())
+    smallest = min(found)
+    for parameters, finetunes in found.items():
+        name = "fidelity.svg" if parameters == smallest else f"fidelity-{parameters / 1e6:.0f}m.svg"
+        chart(parameters, finetunes).write(FIGURES / name)
 
 
 if __name__ == "__main__":

@@ -1,97 +1,207 @@
-"""The tables of docs/fidelity.md from the results: benchmarks/fidelity_table.py [RESULTS.jsonl]
+"""The tables of docs/fidelity.md from the results: benchmarks/fidelity_table.py [RESULTS.jsonl] [--details]
 
-Of several measurements of one way the last counts. Prints Markdown.
+One for each base: ways in rows, fine-tunes in columns, the mean over seeds and half of the distance between the least
+and the largest of them. Of several measurements of one way and seed the last counts. --details: every figure of each
+fine-tune. Prints Markdown.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.jsonl"
-METRICS = {"exact_match": ("exact match", ".2f"), "nats": ("nats per token", ".3f")}
-ORDER = ("base", "fine-tune", "lora", "dense", "auto", "deltadq", "bitdelta")
+METRICS = {"exact_match": "exact match", "nats": "nats per token"}
+ORDER = (
+    "base",
+    "fine-tune",
+    "lora",
+    "dense",
+    "auto",
+    "bitdelta",
+    "deltadq",
+    "delta-come",
+    "low-rank",
+    "dare",
+    "magnitude",
+    "whole",
+)
+ENDS = ("base", "fine-tune")
+Way = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-def latest(lines: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Fine-tune -> its records, one per way, in the order of the tables."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+@dataclass(frozen=True)
+class Cell:
+    """One way on one fine-tune: its records, one per seed."""
+
+    way: Way
+    records: Sequence[Record]
+
+    def values(self, *path: str) -> list[float]:
+        """A figure of each seed; none where one of them lacks it."""
+        found: list[Any] = list(self.records)
+        for key in path:
+            found = [value.get(key) for value in found]
+        return [] if None in found else found
+
+    def mean(self, *path: str) -> float | None:
+        values = self.values(*path)
+        return fmean(values) if values else None
+
+    def shown(self, *path: str, digits: int = 3) -> str:
+        """The mean, and how far it spreads."""
+        values = self.values(*path)
+        if not values:
+            return ""
+        half = (max(values) - min(values)) / 2
+        return f"{fmean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+def bases(lines: Sequence[str]) -> dict[int, dict[str, dict[str, Cell]]]:
+    """Parameters of the base -> fine-tune -> name of a way -> its records, in the order of the tables."""
+    latest: dict[tuple[int, str, str], dict[int, Record]] = {}
     for record in map(json.loads, lines):
-        found[record["finetune"], json.dumps(record["way"], sort_keys=True)] = record
-    by_finetune: dict[str, list[dict[str, Any]]] = {}
-    for (finetune, _), record in sorted(found.items(), key=lambda item: _rank(item[1]["way"])):
-        by_finetune.setdefault(finetune, []).append(record)
-    return by_finetune
+        key = record["base_parameters"], record["finetune"], json.dumps(record["way"], sort_keys=True)
+        latest.setdefault(key, {})[record["seed"]] = record
+    cells = [Cell(json.loads(key[2]), [found[seed] for seed in sorted(found)]) for key, found in latest.items()]
+    result: dict[int, dict[str, dict[str, Cell]]] = {}
+    for (parameters, finetune, _), cell in sorted(
+        zip(latest, cells, strict=True), key=lambda item: (*item[0][:2], rank(item[1].way))
+    ):
+        result.setdefault(parameters, {}).setdefault(finetune, {})[_named(cell.way)] = cell
+    return result
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    name, form = METRICS[records[0]["metric"]]
-    heads = (
-        "way",
-        "planes",
-        "scales",
-        "distilled",
-        "bytes",
-        "ratio",
-        "bits per weight of the linears",
-        name,
-        "KL",
-        "gain kept",
-    )
-    rows = [heads, ("---",) * len(heads), *(_cells(record, form) for record in records)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def _named(way: Way) -> str:
+    return title(way) + (f" over {way['base']}" if "base" in way else "")
 
 
-def _cells(record: Mapping[str, Any], form: str) -> tuple[str, ...]:
-    way, score = record["way"], record["score"]
-    name = way["codec"] + (f", embeddings {way['embeddings']}" if way.get("embeddings") else "")
-    name += f", {way['budget']:g} bits" if "budget" in way else ""
-    name += ", data-free" if way.get("calibrate") is False else ""
-    name += f" {way['ratio']}x, masks of {way['mask_rows']}" if "ratio" in way else ""
-    sizes = ("", "", "")
-    if "nbytes" in record:
-        sizes = (f"{record['nbytes']:,}", f"{record['ratio']:.2f}", f"{record['linear_bits_per_weight']:.2f}")
-    kl = "" if score.get("kl") is None else f"{score['kl']:.4f}"
-    kept = "" if record["gain_kept"] is None else f"{record['gain_kept']:.3f}"
-    distilled = _training(record.get("distillation")) if way.get("distill") else ""
-    return (
-        name,
-        str(way.get("bits", "")),
-        way.get("scale", ""),
-        distilled,
-        *sizes,
-        format(score[record["metric"]], form),
-        kl,
-        kept,
-    )
+def title(way: Way) -> str:
+    """A way as the tables name it, without the base's quantisation."""
+    name, budget = way["codec"], f" {way['budget']:g} bits" if "budget" in way else ""
+    match name:
+        case "auto":
+            parts = [", data-free" if way.get("calibrate") is False else "", ", trained" if way.get("distill") else ""]
+            return name + budget + "".join(parts)
+        case "bitdelta":
+            planes = f"{way['bits']} plane" + ("s" if way["bits"] > 1 else "")
+            return f"bitdelta, {planes}, {way['scale']} scales" + (", distilled" if way.get("distill") else "")
+        case "deltadq":
+            shared = f", masks of {way['mask_rows']} rows" if way["mask_rows"] > 1 else ""
+            return f"deltadq {way['ratio']}x{shared}"
+        case "delta-come":
+            return "Delta-CoMe" + (", GPTQ" if way.get("calibrate") else ", RTN") + budget
+        case "whole":
+            return f"whole model, int{way['bits']} per " + ("128" if way.get("group") else "output")
+        case "dare":
+            return "DARE" + budget
+    return name + budget
 
 
-def _training(described: Mapping[str, Any] | None) -> str:
-    return f"{described['steps']} x {described['batch']}" if described and "steps" in described else "yes"
-
-
-def _rank(way: Mapping[str, Any]) -> tuple[Any, ...]:
-    scales = ("tensor", "row", "row_col")
-    scale = scales.index(way["scale"]) if way.get("scale") else -1
+def rank(way: Way) -> tuple[Any, ...]:
+    """Where a way stands in a table."""
     return (
         ORDER.index(way["codec"]),
-        -way.get("budget", 0),
-        way.get("ratio", 0),
+        way.get("base", ""),
+        bool(way.get("distill")),
+        way.get("calibrate") is not False,
+        way.get("scale") or "",
         way.get("mask_rows", 0),
-        way.get("bits", 0),
-        scale,
-        way.get("distill", False),
-        way.get("embeddings") or "",
+        -way.get("budget", 0),
+        way.get("ratio", 0) if way["codec"] == "deltadq" else -way.get("bits", 0),
+        way.get("group", 0),
     )
+
+
+def plain(finetunes: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Cell]]:
+    """Way -> fine-tune -> records, over the base as it is."""
+    found: dict[str, dict[str, Cell]] = {}
+    for finetune, cells in finetunes.items():
+        for name, cell in cells.items():
+            if cell.way["codec"] not in ENDS and "base" not in cell.way:
+                found.setdefault(name, {})[finetune] = cell
+    return dict(sorted(found.items(), key=lambda item: rank(next(iter(item[1].values())).way)))
+
+
+def full(finetunes: Mapping[str, Mapping[str, Cell]]) -> list[str]:
+    """Those that are no adapters: an adapter is stored as it is, and not every way was tried on it."""
+    return [name for name, cells in finetunes.items() if "lora" not in cells]
+
+
+def gains(finetunes: Mapping[str, Mapping[str, Cell]]) -> str:
+    """Ways by fine-tunes: gain kept; its mean and the worst without adapters."""
+    names, judged = list(finetunes), full(finetunes)
+    rows = [("way", "bits per weight", "times smaller", *names, "mean", "worst")]
+    for way, cells in plain(finetunes).items():
+        means = [m for name in judged if name in cells and (m := cells[name].mean("gain_kept")) is not None]
+        whole = len(means) == len(judged)
+        rows.append(
+            (
+                way,
+                _over(cells, "linear_bits_per_weight", ".2f"),
+                _over(cells, "ratio", ".1f"),
+                *(cells[name].shown("gain_kept") if name in cells else "" for name in names),
+                f"{fmean(means):.3f}" if whole else "",
+                f"{min(means):.3f}" if whole else "",
+            )
+        )
+    return _markdown(rows)
+
+
+def quantised(finetunes: Mapping[str, Mapping[str, Cell]]) -> str | None:
+    """Gain kept over quantised bases, by way and fine-tune; None where there are none."""
+    names = list(finetunes)
+    rows: list[tuple[str, ...]] = []
+    for way in sorted({json.dumps(c.way) for cells in finetunes.values() for c in cells.values() if "base" in c.way}):
+        described = json.loads(way)
+        found = [next((c for c in finetunes[n].values() if c.way == described), None) for n in names]
+        rows.append((described["base"], title(described), *(c.shown("gain_kept") if c else "" for c in found)))
+    return _markdown([("base", "way", *names), *rows]) if rows else None
+
+
+def details(cells: Mapping[str, Cell]) -> str:
+    """Every figure of one fine-tune."""
+    metric = next(iter(cells.values())).records[0]["metric"]
+    rows = [("way", "base", "bytes", "times smaller", "bits per weight", METRICS[metric], "KL", "top-1", "gain kept")]
+    for cell in cells.values():
+        sizes = ("", "", "")
+        if (count := cell.mean("nbytes")) is not None:
+            bits = f"{cell.mean('linear_bits_per_weight'):.3f}"
+            sizes = (f"{count:,.0f}", f"{cell.mean('ratio'):.2f}", bits)
+        scores = [cell.shown("score", key, digits=n) for key, n in ((metric, 3), ("kl", 4), ("top1", 3))]
+        rows.append((title(cell.way), cell.way.get("base", ""), *sizes, *scores, cell.shown("gain_kept")))
+    return _markdown(rows)
+
+
+def _over(cells: Mapping[str, Cell], key: str, form: str) -> str:
+    """From the least to the largest over fine-tunes, where they differ."""
+    means = sorted(format(m, form) for cell in cells.values() if (m := cell.mean(key)) is not None)
+    ends = sorted({means[0], means[-1]}, key=float)
+    return " to ".join(ends)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    for finetune, records in sorted(latest(path.read_text().splitlines()).items()):
-        print(f"### {finetune}\n\n{table(records)}\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--details", action="store_true")
+    args = parser.parse_args()
+    for parameters, finetunes in bases(args.results.read_text().splitlines()).items():
+        print(f"### A base of {parameters / 1e6:.1f} M parameters\n\n{gains(finetunes)}\n")
+        if (over := quantised(finetunes)) is not None:
+            print(f"#### Over quantised bases\n\n{over}\n")
+        if args.details:
+            print("\n".join(f"#### {name}\n\n{details(cells)}\n" for name, cells in finetunes.items()))
 
 
 if __name__ == "__main__":
