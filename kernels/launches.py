@@ -3,15 +3,19 @@
 What a step's kernels hide that way is each other's launch, and the first requests for weights, which depend on nothing
 that the kernel before writes. The rules, on chips of capability 9.0 and later:
 
-- Every kernel of a decode step calls `gdc_launch_dependents` first and `gdc_wait` before it touches anything but
-  weights and device tables. `gdc_wait` returns once the kernel before has finished and its writes are seen; as that one
-  waited too, so has every earlier one.
+- Every kernel of a step calls `gdc_wait` before it touches anything but weights, device tables and the step's own
+  rows. It returns once the kernel before has finished and its writes are seen; as that one waited too, so has every
+  earlier one.
 - The first kernel of a step is launched plainly, after all that came before it: copies to the slab, and the tables that
-  say where variants lie, are complete for the whole step.
+  say where variants lie, are complete for the whole step, and so are the step's rows.
+- Linears let the next kernel start when they end, small kernels at once: what starts early brings weights to the cache,
+  and is not to fill it, or the multiprocessors, while a linear still needs both.
 - Whoever does neither (cuBLAS, copies) may stand anywhere: it starts after, and is finished before.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from triton.runtime import driver
@@ -21,7 +25,7 @@ def early(tensor: torch.Tensor) -> bool:
     """Whether kernels on this tensor may start before their predecessor has ended."""
     if tensor.is_cpu:
         return False
-    target = driver.active.get_current_target()
+    target: Any = driver.active.get_current_target()
     return target.backend == "cuda" and int(target.arch) >= 90
 
 

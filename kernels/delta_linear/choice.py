@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from kernels.device import Kinds, Target
 Impl = Literal["flat", "signs", "unpack"]
 """flat: base tiles and sign products in one launch. signs: cuBLAS, then sign products. unpack: cuBLAS, then products
 with unpacked signs. Base only, flat is base tiles alone and the others cuBLAS alone."""
-RESIDENT: dict[int, list[tuple[int, int | None]]] = {4: [(3, 168), (4, 128), (2, None)], 8: [(2, 128), (3, 80)]}
+RESIDENT: dict[int, list[tuple[int, int]]] = {4: [(3, 168), (4, 128), (2, 248)], 8: [(2, 128), (3, 80)]}
 """By warps: programs of a multiprocessor, and the registers that this many leave each thread"""
 FLAT_ROWS = 64
 """More rows than that are cuBLAS's: accumulators of base tiles crowd out the signs that are under way."""
@@ -101,7 +102,7 @@ def sign_rule(target: Target, rows: int, kinds: Kinds) -> Config:
     warps = 4 if blocks <= 24 else 8
     steps = -(-blocks // warps)
     resident, registers = RESIDENT[warps][0]
-    tiles = 1 if steps > 4 else 2
+    tiles = 4 if steps <= 4 else 2
     return Config("signs", tiles=tiles, warps=warps, resident=resident, registers=registers if _plain(kinds) else None)
 
 
@@ -133,10 +134,10 @@ def _sign_part(config: Config) -> dict[str, int | None]:
 
 
 def _base_candidates(target: Target) -> Iterator[dict[str, int]]:
-    for outputs, inner, stages in ((64, 64, 3), (64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 4), (128, 128, 3)):
-        for split in (1, 2, 4, 8):
+    for outputs, inner, stages in ((64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 4)):
+        for split in (1, 2, 4):
             programs = target.outputs / outputs * split
-            if target.inputs >= split * inner * stages and (90 <= programs <= 800 or split == 1):
+            if target.inputs >= split * inner * stages and (120 <= programs <= 800 or split == 1):
                 yield {"outputs": outputs, "inner": inner, "stages": stages, "split": split}
 
 
@@ -144,11 +145,10 @@ def _sign_candidates(target: Target, rows: int) -> list[Config]:
     found: list[Config] = []
     for warps in (4, 8):
         steps = -(-target.tiles[1] // warps)
-        for tiles in (1, 2, 4):
+        for tiles, (resident, registers) in product((1, 2, 4), RESIDENT[warps]):
             words = 4 * steps * tiles
-            if 8 <= words <= 64:
-                config = Config("signs", tiles=tiles, warps=warps)
-                found += [replace(config, resident=n, registers=m) for n, m in RESIDENT[warps]]
+            if words >= 16 and words + 60 <= registers:
+                found.append(Config("signs", tiles=tiles, warps=warps, resident=resident, registers=registers))
     return found
 
 

@@ -15,8 +15,8 @@ from kernels import launches
 from kernels.delta_linear import wide
 from kernels.delta_linear.choice import Config, Impl, choose, multiprocessors
 from kernels.delta_linear.triton_flat import flat_kernel
+from kernels.delta_linear.triton_items import sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
-from kernels.delta_linear.triton_signs import sign_kernel
 from kernels.delta_linear.triton_unpack import unpack_kernel
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
 

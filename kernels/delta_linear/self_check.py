@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 
 from kernels import fragments
+from kernels.delta_linear.triton_items import sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
-from kernels.delta_linear.triton_signs import sign_kernel
 from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Target, segment_table
 from kernels.planes import planes_reference, values
 

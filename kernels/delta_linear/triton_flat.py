@@ -18,19 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.delta_linear.triton_signs import sign_items
+from kernels.delta_linear.triton_items import prefetch, sign_items
 
 _AHEAD = tl.constexpr(512)
 """Columns of W that a waiting program brings to the second-level cache"""
-
-
-@triton.jit
-def _prefetch(at, size):
-    """Bring `size` bytes (a multiple of 16) from each of the pointers to the second-level cache."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2;\nmov.u32 $0, 0;", "=r,l,r", [at.to(tl.int64), size],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -52,8 +43,10 @@ def base_tile(
     x_at = X + t[None, :] * K + k[:, None]
     if PDL:
         if (K % 8 == 0) & (K >= SPLIT * _AHEAD) & (K % (SPLIT * BK) == 0):
-            first = W + tl.minimum(n, N - 1).to(tl.int64) * K + split * span
-            _prefetch(first, tl.zeros_like(n) + _AHEAD * W.dtype.element_ty.primitive_bitwidth // 8)
+            half = tl.arange(0, 2)[None, :] * (_AHEAD // 2)
+            first = W + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + split * span + half
+            size = tl.zeros_like(n)[:, None] + half * 0 + _AHEAD * W.dtype.element_ty.primitive_bitwidth // 16
+            prefetch(first, size)
         gdc_wait()
     y = tl.zeros((BN, BT), tl.float32)
     for done in tl.range(0, span, BK, num_stages=STAGES):
@@ -80,8 +73,6 @@ def flat_kernel(
 ):  # fmt: skip
     """Grid [base_programs + sign_programs]."""
     program = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
     if program < base_programs:
         base_tile(
             X, W, BASE, program // SPLIT, program % SPLIT, T, N, width, span, K, SPLIT, BN, BK, BT, STAGES, PDL
@@ -93,3 +84,6 @@ def flat_kernel(
                 XSUM, words_stride, scale_stride, DELTA, N, width, M1, M2,
                 KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
             )  # fmt: skip
+    # Not before: kernels to come would fill the multiprocessors and the cache while this one still needs both.
+    if PDL:
+        gdc_launch_dependents()

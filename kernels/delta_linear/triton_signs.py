@@ -10,9 +10,9 @@ registers hold the rows' products and nothing is summed over lanes. About 8 rows
 reading its signs; more of them reuse the signs in registers.
 
 An item is TILES tiles of 16 outputs of one segment, all of K, which a program's warps share out. A program takes one
-item after another and asks for the next one's signs before it multiplies with the last one's, so that some are always
-under way: what an item waits for in a row (its segment, its table, its signs) would else leave the memory idle.
-Variants of several planes or with column scales are taken one plane at a time, without that.
+item after another. For a segment of one row it asks for all of an item's signs at once and multiplies when they are
+there: what keeps the memory busy is how many bytes all programs wait for at a time. For several rows, whose sums take
+the registers, it goes tile by tile, the next one's signs under way (`triton_items`).
 
 Not covered: chips whose `mma.b1` is emulated or gone (`triton_unpack`). `xor.popc`, which would save the identity
 above, is emulated everywhere from 9.0 on.
@@ -26,10 +26,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from kernels.delta_linear import triton_parts as parts
-from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
 
 _MMA = tl.constexpr(
     "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
@@ -50,7 +46,7 @@ def multiply(signs, planes, low, high):
 
 
 @triton.jit
-def _load_signs(at, tile, tiles, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
+def load_signs(at, tile, tiles, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
     """A tuple of int32 [TILES, WARPS * 128], one for each step along K; anything where K has ended, or where the first
     tile is not among the tiles. Tiles beyond the last repeat it."""
     e = tl.arange(0, WARPS * 128)[None, :]
@@ -65,7 +61,7 @@ def _load_signs(at, tile, tiles, KB: tl.constexpr, TILES: tl.constexpr, WARPS: t
 
 
 @triton.jit
-def _load_planes(WORDS, first, stop, p, KB: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
+def load_planes(WORDS, first, stop, p, KB: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
     """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS, for all steps along K; rows beyond
     the last repeat it."""
     e = tl.arange(0, WARPS * 128)
@@ -90,14 +86,14 @@ def _multiply_all(signs, planes, low, high, TILES: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def _sums(
+def sums(
     signs, planes, WORDS, first, stop,
     KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """sum_k b[n, k] q[row, k]: int32 [ROWS, TILES * 16], of one group's tiles.
 
     Args:
-        planes: the highest, `_load_planes` of ROWS - 1.
+        planes: the highest, `load_planes` of ROWS - 1.
     """
     WIDTH: tl.constexpr = WARPS * 128
     STEPS: tl.constexpr = (KB + WARPS - 1) // WARPS
@@ -113,7 +109,7 @@ def _sums(
         low, high = _multiply_all(signs, planes, low, high, TILES, WIDTH, STEPS)
         high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
         for left in range(ROWS - 2, -1, -1):
-            planes = _load_planes(WORDS, first, stop, left, KB, WARPS, ROWS)
+            planes = load_planes(WORDS, first, stop, left, KB, WARPS, ROWS)
             low, high = _multiply_all(signs, planes, low + low, high + high, TILES, WIDTH, STEPS)
         total = (low + high * 256) * weight
     return _gather(total, TILES, WARPS, ROWS)
@@ -135,7 +131,7 @@ def _gather(total, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr)
 
 
 @triton.jit
-def _store_rows(
+def store_rows(
     sums, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane,
     MANY: tl.constexpr,
 ):  # fmt: skip
@@ -164,220 +160,32 @@ def _row_values(XSCALE, XSUM, first, stop, ROWS: tl.constexpr):
 @triton.jit
 def _some_rows(
     signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr,
+    KB: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS of one plane, as far as stop."""
+    """Rows first .. first + ROWS of one tile of one plane, as far as stop."""
     x_scale, x_sum = _row_values(XSCALE, XSUM, first, stop, ROWS)
-    planes = _load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
-    sums = _sums(signs, planes, WORDS, first, stop, KB, TILES, WARPS, ROWS)
+    planes = load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
+    found = sums(signs, planes, WORDS, first, stop, KB, 1, WARPS, ROWS)
     row = first + tl.arange(0, ROWS)
-    n = tile * 16 + tl.arange(0, TILES * 16)
-    _store_rows(sums, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane, MANY)
+    n = tile * 16 + tl.arange(0, 16)
+    store_rows(found, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane, MANY)
 
 
 @triton.jit
-def _rows(
+def several_rows(
     signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scale, zero, plane,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr,
+    KB: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    """All rows of one plane, as many at a time as there are, up to 8."""
-    if stop - start == 1:
-        _some_rows(
-            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scale, zero, plane,
-            KB, TILES, WARPS, MANY, 1,
-        )  # fmt: skip
-    elif LONGEST > 1:
-        if (stop - start <= 4) | (LONGEST <= 4):
-            for first in range(start, stop, 4):
-                _some_rows(
-                    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
-                    KB, TILES, WARPS, MANY, 4,
-                )  # fmt: skip
-        else:
-            for first in range(start, stop, 8):
-                _some_rows(
-                    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
-                    KB, TILES, WARPS, MANY, 8,
-                )  # fmt: skip
-
-
-@triton.jit
-def member_of(block, M1, M2, tiles, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
-    """(member, first tile, tile after the member's last) of a block of BLOCK tiles; none has tiles of two members.
-
-    Args:
-        M1, M2: first tiles of the second and third member, `tiles` where there are none. tiles: of all.
-    """
-    member, tile, stop = block * 0, block * BLOCK, tiles
-    if MEMBERS > 1:
-        first = (M1 + BLOCK - 1) // BLOCK
-        second = (M2 - M1 + BLOCK - 1) // BLOCK
-        member = (block >= first).to(tl.int32) + (block >= first + second).to(tl.int32)
-        start = tl.where(member == 0, 0, tl.where(member == 1, M1, M2))
-        skipped = tl.where(member == 0, 0, tl.where(member == 1, first, first + second))
-        tile = start + (block - skipped) * BLOCK
-        stop = tl.where(member == 0, M1, tl.where(member == 1, M2, tiles))
-    return member, tile, stop
-
-
-@triton.jit
-def _item(SLAB, TABLE, table_stride, SEGMENTS, i, items, blocks, base_outputs, TILES: tl.constexpr):
-    """(start, stop, tile, outputs, words, scales) of an item: rows; first tile; how many outputs have signs, the others
-    are zeros; where signs and scales lie. Beyond the last item there are no rows and no outputs."""
-    last = tl.maximum(tl.minimum(i, items - 1), 0)
-    entry, start, stop = parts.segment(SEGMENTS, last // blocks)
-    at = entry * table_stride
-    outputs = tl.load(TABLE + at + parts.OUTPUTS)
-    outputs = tl.where(outputs > 0, outputs, base_outputs)
-    there = parts.has(TABLE, at, SIGN) & parts.has(TABLE, at, SCALE) & (tl.load(TABLE + at + PLANES) > 0)
-    words = parts.part(SLAB, TABLE, at, SIGN, tl.int32)
-    scales = parts.part(SLAB, TABLE, at, SCALE, tl.float32)
-    here = (i < items) & (entry > 0)
-    stop = tl.where(here, stop, start)
-    return start, stop, last % blocks * TILES, tl.where(here & there, outputs, 0), words, scales
-
-
-@triton.jit
-def _parts(tile, outputs, words, scales, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
-    n = tile * 16 + tl.arange(0, TILES * 16)
-    signs = _load_signs(words, tile, (outputs + 15) // 16, KB, TILES, WARPS)
-    return signs, tl.load(scales + n, mask=n < outputs, other=0.0)
-
-
-@triton.jit
-def _one_plane(
-    SLAB, TABLE, table_stride, SEGMENTS, program, programs, blocks, WORDS, XSCALE, XSUM, OUT, base_outputs, width,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Every `programs`-th item, of variants of one plane without column scales."""
-    items = tl.load(SEGMENTS + 3) * blocks
-    start, stop, tile, outputs, words, scales = _item(
-        SLAB, TABLE, table_stride, SEGMENTS, program, items, blocks, base_outputs, TILES
-    )  # fmt: skip
-    signs, scale = _parts(tile, outputs, words, scales, KB, TILES, WARPS)
-    start_2, stop_2, tile_2, outputs_2, words, scales = _item(
-        SLAB, TABLE, table_stride, SEGMENTS, program + programs, items, blocks, base_outputs, TILES
-    )  # fmt: skip
-    if PDL:
-        gdc_wait()
-    for i in range(program, items, programs):
-        signs_2, scale_2 = _parts(tile_2, outputs_2, words, scales, KB, TILES, WARPS)
-        start_3, stop_3, tile_3, outputs_3, words, scales = _item(
-            SLAB, TABLE, table_stride, SEGMENTS, i + 2 * programs, items, blocks, base_outputs, TILES
-        )  # fmt: skip
-        _rows(
-            signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, width, width, scale, scale, 0,
-            KB, TILES, WARPS, False, LONGEST,
-        )  # fmt: skip
-        signs, scale, start, stop, tile, outputs = signs_2, scale_2, start_2, stop_2, tile_2, outputs_2
-        start_2, stop_2, tile_2, outputs_2 = start_3, stop_3, tile_3, outputs_3
-
-
-@triton.jit
-def _any_planes(
-    SLAB, TABLE, table_stride, SEGMENTS, g, block, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
-    base_outputs, width, M1, M2,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
-    MANY: tl.constexpr, LONGEST: tl.constexpr,
-):  # fmt: skip
-    """One item, plane by plane."""
-    entry, start, stop = parts.segment(SEGMENTS, g)
-    if (stop > start) & (entry > 0):
-        at = entry * table_stride
-        outputs = tl.load(TABLE + at + parts.OUTPUTS)
-        outputs = tl.where(outputs > 0, outputs, base_outputs)
-        there = parts.has(TABLE, at, SIGN) & parts.has(TABLE, at, SCALE)
-        planes = tl.where(there, tl.load(TABLE + at + PLANES), 0)
-        tiles = (outputs + 15) // 16
-        member, tile, member_stop = member_of(block, M1, M2, (width + 15) // 16, MEMBERS, TILES)
-        # Where a member's last item goes beyond it, the next member's first writes instead.
-        limit = tl.minimum(member_stop * 16, width)
-        if (planes > 0) & (tile < tiles):
-            for plane in range(planes):
-                _plane(
-                    SLAB, TABLE, at, plane, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride,
-                    scale_stride, OUT, outputs, limit, width,
-                    KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST,
-                )  # fmt: skip
-        else:
-            n = tile * 16 + tl.arange(0, TILES * 16)
-            for row in range(start, stop):
-                tl.store(OUT + row * width + n, tl.zeros_like(n).to(tl.float32), mask=n < limit)
-
-
-@triton.jit
-def _plane(
-    SLAB, TABLE, at, plane, member, tile, tiles, start, stop, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
-    outputs, limit, width,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
-    MANY: tl.constexpr, LONGEST: tl.constexpr,
-):  # fmt: skip
-    words = parts.part(SLAB, TABLE, at, SIGN, tl.int32) + plane * tiles * (KB * 128)
-    signs = _load_signs(words, tile, tiles, KB, TILES, WARPS)
-    n = tile * 16 + tl.arange(0, TILES * 16)
-    scales = parts.part(SLAB, TABLE, at, SCALE, tl.float32) + plane * tiles * 16
-    scale = tl.load(scales + n, mask=n < tiles * 16, other=0.0)
-    zero = scale
-    if MANY:
-        first = tl.where((plane == 0) & parts.has(TABLE, at, ZERO), tiles * 16, 0)
-        zero = tl.load(parts.part(SLAB, TABLE, at, ZERO, tl.float32) + n, mask=n < first, other=0.0)
-    if COLUMNS:
-        sets = tl.where(parts.has(TABLE, at, COL), plane * MEMBERS + member, 0)
-        WORDS += sets * words_stride
-        XSCALE += sets * scale_stride
-        XSUM += sets * scale_stride
-    _rows(
-        signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scale, zero, plane,
-        KB, TILES, WARPS, MANY, LONGEST,
-    )  # fmt: skip
-    if MANY:
-        tl.debug_barrier()  # the next plane adds to what this one wrote
-
-
-@triton.jit
-def sign_items(
-    SLAB, TABLE, table_stride, SEGMENTS, program, programs, blocks, WORDS, XSCALE, XSUM, words_stride, scale_stride,
-    OUT, base_outputs, width, M1, M2,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
-    MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """OUT[row, n] of all rows of a program's items, zero where a variant has no signs.
-
-    Args:
-        program, programs: which of how many share the items.
-        blocks: items of each segment.
-        base_outputs, width: N of the base; columns of OUT, N or more.
-        M1, M2: see `member_of`. MEMBERS: 1 where COLUMNS is not set.
-        LONGEST: most rows that a segment may have: 1, 4, or any number.
-    """
-    if MANY or COLUMNS:
-        if PDL:
-            gdc_wait()
-        for i in range(program, tl.load(SEGMENTS + 3) * blocks, programs):
-            _any_planes(
-                SLAB, TABLE, table_stride, SEGMENTS, i // blocks, i % blocks, WORDS, XSCALE, XSUM, words_stride,
-                scale_stride, OUT, base_outputs, width, M1, M2,
-                KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST,
+    """All rows of one tile of one plane, 4 or 8 at a time."""
+    if (stop - start <= 4) | (LONGEST <= 4):
+        for first in range(start, stop, 4):
+            _some_rows(
+                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
+                KB, WARPS, MANY, 4,
             )  # fmt: skip
     else:
-        _one_plane(
-            SLAB, TABLE, table_stride, SEGMENTS, program, programs, blocks, WORDS, XSCALE, XSUM, OUT, base_outputs,
-            width, KB, TILES, WARPS, LONGEST, PDL,
-        )  # fmt: skip
-
-
-@triton.jit
-def sign_kernel(
-    SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, base_outputs, width,
-    blocks, M1, M2,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr,
-    MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid [programs]."""
-    if PDL:
-        gdc_launch_dependents()
-    sign_items(
-        SLAB, TABLE, table_stride, SEGMENTS, tl.program_id(0), tl.num_programs(0), blocks, WORDS, XSCALE, XSUM,
-        words_stride, scale_stride, OUT, base_outputs, width, M1, M2,
-        KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
-    )  # fmt: skip
+        for first in range(start, stop, 8):
+            _some_rows(
+                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
+                KB, WARPS, MANY, 8,
+            )  # fmt: skip

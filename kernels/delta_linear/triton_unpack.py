@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from kernels.delta_linear import triton_parts as parts
+from kernels.delta_linear.triton_items import member_of
 from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
-from kernels.delta_linear.triton_signs import member_of
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def unpack_kernel(
 ):  # fmt: skip
     """Grid [blocks, segments]: OUT[row, n] of all rows of a segment, zero where the variant has no signs.
 
-    Args: as `triton_signs.sign_block`, and
+    Args: as `triton_items.sign_items`, and
         halves: 2 KB (see triton_flat on loops).
     """
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
