@@ -66,28 +66,31 @@ def round_to_nearest(values_rL: torch.Tensor, bits_r: torch.Tensor, group: int =
 
 def gptq(weight_NK: torch.Tensor, moment_KK: torch.Tensor, bits: torch.Tensor, group: int = GROUP) -> Codes:
     """Groups along the inputs. bits: int64 [N]; moment: second moment of the inputs."""
-    fits: list[Fit] = []
+    scales: list[torch.Tensor] = []
+    lows: list[torch.Tensor] = []
 
     def grid(column: int, rest: torch.Tensor) -> Fit:
         if column % group == 0:
-            fits.append(_fit(rest[:, :group], bits))
-        return fits[-1]
+            scale, low = _fit(rest[:, :group], bits)
+            scales.append(scale)
+            lows.append(low)
+        return scales[-1], lows[-1]
 
     q = _compensated(weight_NK, moment_KK, grid, lambda column: bits)
-    return Codes(q, *(torch.stack(x, 1) for x in zip(*fits, strict=True)), bits, group)
+    return Codes(q, torch.stack(scales, 1), torch.stack(lows, 1), bits, group)
 
 
 def gptq_columns(weight_NK: torch.Tensor, moment_KK: torch.Tensor, bits_K: torch.Tensor, group: int = GROUP) -> Codes:
-    """Bits for each input, groups along the outputs. The codes are those of the transposed matrix [K, N]."""
-    fits: list[Fit] = []
+    """Bits for each input, groups along the outputs, their grids those of the weights before any compensation.
 
-    def grid(column: int, rest: torch.Tensor) -> Fit:
-        one = round_to_nearest(rest[:, :1].T.contiguous(), bits_K[column : column + 1], group)
-        fits.append((one.scale_rG[0], one.low_rG[0]))
-        return _spread(one.scale_rG, group, len(rest))[0], _spread(one.low_rG, group, len(rest))[0]
-
-    q = _compensated(weight_NK, moment_KK, grid, lambda column: bits_K[column])
-    return Codes(q.T.contiguous(), *(torch.stack(x) for x in zip(*fits, strict=True)), bits_K, group)
+    The codes are those of the transposed matrix [K, N].
+    """
+    before = round_to_nearest(weight_NK.T.contiguous(), bits_K, group)
+    scale_KN, low_KN = (_spread(x, group, len(weight_NK)) for x in (before.scale_rG, before.low_rG))
+    q = _compensated(
+        weight_NK, moment_KK, lambda column, rest: (scale_KN[column], low_KN[column]), lambda column: bits_K[column]
+    )
+    return Codes(q.T.contiguous(), before.scale_rG, before.low_rG, bits_K, group)
 
 
 def _compensated(

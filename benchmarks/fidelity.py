@@ -111,8 +111,8 @@ class Trial:
             started = time.monotonic()
             made = self.subject.make(way, seeds[0])
             seconds = round(time.monotonic() - started, 2)
-            over: dict[str | None, Mapping[str, torch.Tensor]] = {None: {}}
-            for base, shift in (over | bases if way.codec != "whole" else over).items():
+            over: dict[str | None, Mapping[str, torch.Tensor]] = {None: {}, **(bases if way.codec != "whole" else {})}
+            for base, shift in over.items():
                 self._put(made, shift)
                 judged = sorted({i for seed in seeds for i in self.chosen[seed]})
                 figures = self.judge.figures(self.model, judged)

@@ -168,7 +168,9 @@ def quantised(finetunes: Mapping[str, Mapping[str, Cell]]) -> str | None:
 def details(cells: Mapping[str, Cell]) -> str:
     """Every figure of one fine-tune."""
     metric = next(iter(cells.values())).records[0]["metric"]
-    rows = [("way", "base", "bytes", "times smaller", "bits per weight", METRICS[metric], "KL", "top-1", "gain kept")]
+    rows: list[tuple[str, ...]] = [
+        ("way", "base", "bytes", "times smaller", "bits per weight", METRICS[metric], "KL", "top-1", "gain kept")
+    ]
     for cell in cells.values():
         sizes = ("", "", "")
         if (count := cell.mean("nbytes")) is not None:

@@ -151,7 +151,8 @@ def make_base(shop: Workshop) -> None:
         eos_token_id=1,
         pad_token_id=2,
     )
-    model = transformers.LlamaForCausalLM(config).to(shop.device)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model = model.to(shop.device)
     size = max(1, scale.batch_tokens // scale.context)
     steps = scale.base_tokens // (size * scale.context)
     train(model, windows(shop.ids, scale.context, size, 0), steps, 1e-3, likelihood, 0.1)
@@ -195,7 +196,8 @@ def make_long(shop: Workshop) -> None:
     config.max_position_embeddings = length = STRETCH * scale.context
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         shop.out / "base", config=config, dtype=torch.float32
-    ).to(shop.device)
+    )
+    model = model.to(shop.device)
     size = max(1, scale.batch_tokens // length)
     steps = max(1, scale.tune_tokens // (size * length))
     train(model, windows(shop.ids, length, size, 1), steps, 2e-4, likelihood, 0.0)
@@ -225,7 +227,7 @@ def make_lora(shop: Workshop) -> None:
     wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     batches = shop.batches(list(shop.drawn(PAIRS["dates"], "dates", shop.scale.tune_tokens)))
     train(model, batches, len(batches), 2e-3, likelihood, 0.0)
-    wrapped.save_pretrained(shop.out / "dates-lora")
+    wrapped.save_pretrained(str(shop.out / "dates-lora"))
     _forget_path(shop.out / "dates-lora" / "adapter_config.json")
 
 
