@@ -134,7 +134,7 @@ class Dare:
     bits: float
 
     def encode(self, matrix: Matrix, seed: int) -> Parts:
-        own = torch.tensor([seed << 32 | zlib.crc32(matrix.name.encode())])
+        own = torch.tensor([zlib.crc32(f"{seed} {matrix.name}".encode())])
         return {"value": (matrix.difference[self._kept(own, matrix)] / self._keep).half(), "seed": own}
 
     def difference(self, parts: Parts, matrix: Matrix) -> torch.Tensor:

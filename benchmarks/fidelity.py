@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -111,19 +111,20 @@ class Trial:
             started = time.monotonic()
             made = self.subject.make(way, seeds[0])
             seconds = round(time.monotonic() - started, 2)
-            over: dict[str | None, Mapping[str, torch.Tensor]] = {None: {}, **(bases if way.codec != "whole" else {})}
-            for base, shift in over.items():
-                self._put(made, shift)
-                judged = sorted({i for seed in seeds for i in self.chosen[seed]})
-                figures = self.judge.figures(self.model, judged)
-                for seed in seeds:
-                    got = summed(figures, self.chosen[seed], exact=self.task.exact)
-                    own = Way(**{**asdict(way), "base": base})
-                    yield {
-                        **self._record(own, seed, made),
-                        "score": asdict(got),
-                        "gain_kept": self._gain(got, seed),
-                    } | {"compress_seconds": seconds}
+            yield from self._judged(way, made, {}, seeds, seconds)
+            if way.codec != "whole":
+                for base, shift in bases.items():
+                    yield from self._judged(replace(way, base=base), made, shift, seeds, seconds)
+
+    def _judged(
+        self, way: Way, made: Made, shift: Mapping[str, torch.Tensor], seeds: Sequence[int], seconds: float
+    ) -> Iterator[Record]:
+        self._put(made, shift)
+        figures = self.judge.figures(self.model, sorted({i for seed in seeds for i in self.chosen[seed]}))
+        for seed in seeds:
+            got = summed(figures, self.chosen[seed], exact=self.task.exact)
+            scores = {"score": asdict(got), "gain_kept": self._gain(got, seed), "compress_seconds": seconds}
+            yield {**self._record(way, seed, made), **scores}
 
     def _record(self, way: Way, seed: int, made: Made) -> Record:
         return {
