@@ -90,6 +90,7 @@ class Made:
     other: Callable[[str], torch.Tensor]
     """Any other parameter."""
     training: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def ways(args: argparse.Namespace) -> Iterator[Way]:
@@ -128,6 +129,8 @@ class Subject:
     """`source`, or what an adapter was restored to."""
     work: Path
     _pairing: Pairing = field(init=False)
+    _groups: dict[tuple[int, int | None], int] = field(default_factory=dict)
+    """deltadq: (ratio, rows that share masks) -> the group size that the first seed chose."""
 
     def __post_init__(self) -> None:
         self._pairing = Pairing(Checkpoint(self.args.base), Checkpoint(self.fine))
@@ -212,11 +215,15 @@ class Subject:
         if way.codec == "bitdelta":
             coding |= {"scale_layout": way.scale, "bits": way.bits}
         if way.ratio:
-            coding["dropout"] = DropoutOptions.for_ratio(way.ratio, mask_rows=way.mask_rows, seed=seed)
+            group = self._groups.get((way.ratio, way.mask_rows))
+            coding["dropout"] = DropoutOptions.for_ratio(way.ratio, mask_rows=way.mask_rows, group=group, seed=seed)
         options = CompressOptions(**coding)
-        return self._opened(
+        made = self._opened(
             compress(self.args.base, self.fine, out, options, distillation=training if way.distill else None)
         )
+        if way.ratio:
+            self._groups[way.ratio, way.mask_rows] = made.options["dropout"]["group"]
+        return made
 
     def _opened(self, delta: Path) -> Made:
         base = self._pairing.base
@@ -236,6 +243,7 @@ class Subject:
             linear=linear,
             other=variant.get,
             training=provenance.get("distillation") or provenance.get("measured"),
+            options=provenance.get("options", {}),
         )
 
 

@@ -61,12 +61,14 @@ class Scale:
     """Characters."""
     base_tokens: int = 36_000_000
     tune_tokens: int = 5_000_000
-    batch_tokens: int = 1 << 15
+    batch_tokens: int = 1 << 14
+    tune_batch: int = 1 << 13
+    """Tokens as well: fine-tunes are short, so their steps are many and small."""
     rows: int = 500
     """Of each task, for evaluation."""
 
 
-TINY = Scale(64, 2, 4, 2, 128, 400, 64, 300_000, 60_000, 12_000, 1 << 11, 40)
+TINY = Scale(64, 2, 4, 2, 128, 400, 64, 300_000, 60_000, 12_000, 1 << 11, 1 << 11, 40)
 
 
 class Workshop:
@@ -126,7 +128,7 @@ class Workshop:
         return [0] * bos + prompt, [*answer, 1]
 
     def batches(self, pairs: list[Pair]) -> list[Batch]:
-        return list(answers([self.coded(pair) for pair in pairs], self.scale.batch_tokens, self.device))
+        return list(answers([self.coded(pair) for pair in pairs], self.scale.tune_batch, self.device))
 
 
 def make_base(shop: Workshop) -> None:
@@ -182,7 +184,7 @@ def make_chat(shop: Workshop) -> None:
         for row in rows
     ]
     samples = [shop.coded(pair, bos=False, tokenizer=tokenizer) for pair in pairs]
-    batches = list(answers(samples, shop.scale.batch_tokens, shop.device))
+    batches = list(answers(samples, shop.scale.tune_batch, shop.device))
     train(model, batches, len(batches), 3e-4, likelihood, 0.0)
     shop.save(model, "chat", tokenizer)
 
@@ -198,7 +200,7 @@ def make_long(shop: Workshop) -> None:
         shop.out / "base", config=config, dtype=torch.float32
     )
     model = model.to(shop.device)
-    size = max(1, scale.batch_tokens // length)
+    size = max(1, scale.tune_batch // length)
     steps = max(1, scale.tune_tokens // (size * length))
     train(model, windows(shop.ids, length, size, 1), steps, 2e-4, likelihood, 0.0)
     shop.save(model, "long", shop.tokenizer)
