@@ -21,6 +21,8 @@ from kernels.delta_linear.triton_unpack import unpack_kernel
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
 
 __all__ = ["delta_linear", "partials_of", "split_of"]
+MOST_TURNS = 8
+"""Items of sign products that a program takes, one after another, at most"""
 
 
 def split_of(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> int:
@@ -182,8 +184,9 @@ def _unpack(
 
 
 def programs(items: int, config: Config, tensor: torch.Tensor) -> int:
-    """How many share so many items: all that run at once, or a few on a CPU, where it is a loop."""
-    return min(items, config.resident * multiprocessors(tensor.device))
+    """How many share so many items: enough that those which end early leave little to wait for."""
+    turns = items // (2 * config.resident * multiprocessors(tensor.device))
+    return triton.cdiv(items, min(MOST_TURNS, max(1, turns)))
 
 
 def member_blocks(target: Target, width: int, kinds: Kinds, config: Config) -> tuple[int, int, int]:

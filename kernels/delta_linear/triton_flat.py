@@ -50,6 +50,10 @@ def base_tile(
         gdc_wait()
     y = tl.zeros((BN, BT), tl.float32)
     for done in tl.range(0, span, BK, num_stages=STAGES):
+        if PDL:
+            # Not before: kernels to come would fill the multiprocessors and the cache while this one needs both.
+            if done * 4 >= span * 3:
+                gdc_launch_dependents()
         if K % (SPLIT * BK) == 0:
             w = tl.load(w_at + done, eviction_policy="evict_first")
             x = tl.load(x_at + done, mask=t[None, :] < T, other=0.0)
@@ -84,6 +88,3 @@ def flat_kernel(
                 XSUM, words_stride, scale_stride, DELTA, N, width, M1, M2,
                 KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
             )  # fmt: skip
-    # Not before: kernels to come would fill the multiprocessors and the cache while this one still needs both.
-    if PDL:
-        gdc_launch_dependents()

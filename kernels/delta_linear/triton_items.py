@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
-from kernels.delta_linear.triton_signs import load_planes, load_signs, several_rows, store_rows, sums
+from kernels.delta_linear.triton_signs import load_planes, load_signs, some_rows, store_rows, sums
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _one_row(
     words, SLAB, TABLE, at, plane, start, stop, tile, limit, outputs, WORDS, x_scale, x_sum, OUT, width, scale,
     KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """All outputs of an item at once, of one plane.
+    """An item of one row.
 
     A loop, though it runs once: what it takes in must have been asked for before. In a straight line the assembler
     saves registers by asking for signs one after another.
@@ -95,26 +95,28 @@ def _one_row(
 
 
 @triton.jit
-def _by_tile(
+def _several_rows(
     words, SLAB, TABLE, at, plane, start, stop, tile, limit, outputs, WORDS, XSCALE, XSUM, OUT, width,
     KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    """All rows of an item's outputs, tile by tile, of one plane."""
-    tiles, end = (outputs + 15) // 16, tl.minimum(tile + TILES, (limit + 15) // 16)
-    signs = load_signs(words, tile, tiles, KB, 1, WARPS)
-    scale = _scales(SLAB, TABLE, at, plane, tile, outputs, 1)
-    for this in range(tile, end):
-        following = tl.minimum(this + 1, end - 1)
-        next_signs = load_signs(words, following, tiles, KB, 1, WARPS)
-        next_scale = _scales(SLAB, TABLE, at, plane, following, outputs, 1)
-        zero = scale
-        if MANY:
-            zero = _zeros(SLAB, TABLE, at, plane, this, outputs, 1)
-        several_rows(
-            signs, WORDS, XSCALE, XSUM, OUT, start, stop, this, outputs, limit, width, scale, zero, plane,
-            KB, WARPS, MANY, LONGEST,
-        )  # fmt: skip
-        signs, scale = next_signs, next_scale
+    """TILES of an item's, all rows, 4 or 8 at a time."""
+    signs = load_signs(words, tile, (outputs + 15) // 16, KB, TILES, WARPS)
+    scale = _scales(SLAB, TABLE, at, plane, tile, outputs, TILES)
+    zero = scale
+    if MANY:
+        zero = _zeros(SLAB, TABLE, at, plane, tile, outputs, TILES)
+    if (stop - start <= 4) | (LONGEST <= 4):
+        for first in range(start, stop, 4):
+            some_rows(
+                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
+                KB, TILES, WARPS, MANY, 4,
+            )  # fmt: skip
+    else:
+        for first in range(start, stop, 8):
+            some_rows(
+                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
+                KB, TILES, WARPS, MANY, 8,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -123,17 +125,23 @@ def _plane(
     scale,
     KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    """Args: x_scale, x_sum, scale: of the first row and of this plane."""
+    """An item's rows, of one plane. The sums of several rows take the registers of half of the signs.
+
+    Args:
+        x_scale, x_sum, scale: of the first row and of this plane.
+    """
+    HALF: tl.constexpr = (TILES + 1) // 2
     if stop - start == 1:
         _one_row(
             words, SLAB, TABLE, at, plane, start, stop, tile, limit, outputs, WORDS, x_scale, x_sum, OUT, width,
             scale, KB, TILES, WARPS, MANY,
         )  # fmt: skip
     elif LONGEST > 1:
-        _by_tile(
-            words, SLAB, TABLE, at, plane, start, stop, tile, limit, outputs, WORDS, XSCALE, XSUM, OUT, width,
-            KB, TILES, WARPS, MANY, LONGEST,
-        )  # fmt: skip
+        for this in range(tile, tl.minimum(tile + TILES, (limit + 15) // 16), HALF):
+            _several_rows(
+                words, SLAB, TABLE, at, plane, start, stop, this, limit, outputs, WORDS, XSCALE, XSUM, OUT, width,
+                KB, HALF, WARPS, MANY, LONGEST,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -191,6 +199,9 @@ def sign_items(
         gdc_wait()
     x_scale, x_sum = tl.load(XSCALE + start), tl.load(XSUM + start)
     for i in range(program, items, programs):
+        if PDL:
+            if i + programs >= items:
+                gdc_launch_dependents()
         at_2, start_2, stop_2, member_2, tile_2, limit_2, outputs_2, planes_2 = _item(
             SLAB, TABLE, table_stride, SEGMENTS, i + programs, items, blocks, base_outputs, width, M1, M2, MEMBERS,
             TILES,
@@ -251,5 +262,3 @@ def sign_kernel(
         words_stride, scale_stride, OUT, base_outputs, width, M1, M2,
         KB, TILES, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, PDL,
     )  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()

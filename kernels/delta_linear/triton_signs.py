@@ -9,10 +9,9 @@ without waste. From 4 on, planes are taken from the highest down and the sums do
 registers hold the rows' products and nothing is summed over lanes. About 8 rows of one variant cost as much time as
 reading its signs; more of them reuse the signs in registers.
 
-An item is TILES tiles of 16 outputs of one segment, all of K, which a program's warps share out. A program takes one
-item after another. For a segment of one row it asks for all of an item's signs at once and multiplies when they are
-there: what keeps the memory busy is how many bytes all programs wait for at a time. For several rows, whose sums take
-the registers, it goes tile by tile, the next one's signs under way (`triton_items`).
+An item is TILES tiles of 16 outputs of one segment, all of K, which a program's warps share out. All of its signs are
+asked for before anything waits for them: what keeps the memory busy is how many bytes all programs wait for at a time
+(`triton_items`).
 
 Not covered: chips whose `mma.b1` is emulated or gone (`triton_unpack`). `xor.popc`, which would save the identity
 above, is emulated everywhere from 9.0 on.
@@ -108,8 +107,10 @@ def sums(
     else:
         low, high = _multiply_all(signs, planes, low, high, TILES, WIDTH, STEPS)
         high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
+        following = load_planes(WORDS, first, stop, ROWS - 2, KB, WARPS, ROWS)
         for left in range(ROWS - 2, -1, -1):
-            planes = load_planes(WORDS, first, stop, left, KB, WARPS, ROWS)
+            planes = following
+            following = load_planes(WORDS, first, stop, tl.maximum(left - 1, 0), KB, WARPS, ROWS)
             low, high = _multiply_all(signs, planes, low + low, high + high, TILES, WIDTH, STEPS)
         total = (low + high * 256) * weight
     return _gather(total, TILES, WARPS, ROWS)
@@ -158,34 +159,14 @@ def _row_values(XSCALE, XSUM, first, stop, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _some_rows(
+def some_rows(
     signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
-    KB: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr,
+    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS of one tile of one plane, as far as stop."""
+    """Rows first .. first + ROWS of an item of one plane, as far as stop."""
     x_scale, x_sum = _row_values(XSCALE, XSUM, first, stop, ROWS)
     planes = load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
-    found = sums(signs, planes, WORDS, first, stop, KB, 1, WARPS, ROWS)
+    found = sums(signs, planes, WORDS, first, stop, KB, TILES, WARPS, ROWS)
     row = first + tl.arange(0, ROWS)
-    n = tile * 16 + tl.arange(0, 16)
+    n = tile * 16 + tl.arange(0, TILES * 16)
     store_rows(found, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane, MANY)
-
-
-@triton.jit
-def several_rows(
-    signs, WORDS, XSCALE, XSUM, OUT, start, stop, tile, outputs, limit, width, scale, zero, plane,
-    KB: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr,
-):  # fmt: skip
-    """All rows of one tile of one plane, 4 or 8 at a time."""
-    if (stop - start <= 4) | (LONGEST <= 4):
-        for first in range(start, stop, 4):
-            _some_rows(
-                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
-                KB, WARPS, MANY, 4,
-            )  # fmt: skip
-    else:
-        for first in range(start, stop, 8):
-            _some_rows(
-                signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
-                KB, WARPS, MANY, 8,
-            )  # fmt: skip

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts the interp
     ("kind", "expected"),
     [
         (None, 9),  # norm, qkv, rope, attention, o, norm, gate and up, SiLU, down
-        ("sign", 10),  # and the planes of what attention gives
+        ("sign", 11),  # and the planes of what attention and SiLU give
         ("lora", 17),  # two for each linear, and a zeroing that is torch's; no planes
     ],
 )
