@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -201,9 +202,11 @@ def _rows(args: argparse.Namespace, directory: str, named: str) -> tuple[str, Se
 
 
 def _commit() -> str:
-    """HEAD, with a + where tracked files differ from it."""
+    """HEAD, with a + where tracked files differ from it; empty where there is no repository."""
     described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _shorten(arg: str) -> str:

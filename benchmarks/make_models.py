@@ -174,7 +174,7 @@ def make_chat(shop: Workshop) -> None:
     """Three tokens more, and a template."""
     torch.manual_seed(0)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(shop.out / "base")
-    tokenizer.add_special_tokens({"additional_special_tokens": list(ROLES)})
+    tokenizer.add_tokens(list(ROLES), special_tokens=True)
     tokenizer.chat_template = TEMPLATE
     model = shop.model()
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -225,11 +225,10 @@ def make_lora(shop: Workshop) -> None:
 
     torch.manual_seed(0)
     model = shop.model()
-    model.config.dtype = None
     wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     batches = shop.batches(list(shop.drawn(PAIRS["dates"], "dates", shop.scale.tune_tokens)))
     train(model, batches, len(batches), 2e-3, likelihood, 0.0)
-    wrapped.save_pretrained(str(shop.out / "dates-lora"))
+    wrapped.save_pretrained(str(shop.out / "dates-lora"), save_embedding_layers=False)
     _forget_path(shop.out / "dates-lora" / "adapter_config.json")
 
 
