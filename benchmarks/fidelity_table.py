@@ -97,6 +97,8 @@ def title(way: Way) -> str:
             return f"deltadq {way['ratio']}x{shared}"
         case "delta-come":
             return "Delta-CoMe" + (", GPTQ" if way.get("calibrate") else ", RTN") + budget
+        case "base" | "dense":
+            return {"base": "no delta", "dense": "the exact difference"}[name]
         case "whole":
             return f"whole model, int{way['bits']} per " + ("128" if way.get("group") else "output")
         case "dare":
@@ -114,7 +116,8 @@ def rank(way: Way) -> tuple[Any, ...]:
         way.get("scale") or "",
         way.get("mask_rows", 0),
         -way.get("budget", 0),
-        way.get("ratio", 0) if way["codec"] == "deltadq" else -way.get("bits", 0),
+        way.get("ratio", 0),
+        way.get("bits", 0),
         way.get("group", 0),
     )
 
@@ -157,11 +160,11 @@ def gains(finetunes: Mapping[str, Mapping[str, Cell]]) -> str:
 def quantised(finetunes: Mapping[str, Mapping[str, Cell]]) -> str | None:
     """Gain kept over quantised bases, by way and fine-tune; None where there are none."""
     names = list(finetunes)
+    every = {_named(c.way): c.way for cells in finetunes.values() for c in cells.values() if "base" in c.way}
     rows: list[tuple[str, ...]] = []
-    for way in sorted({json.dumps(c.way) for cells in finetunes.values() for c in cells.values() if "base" in c.way}):
-        described = json.loads(way)
-        found = [next((c for c in finetunes[n].values() if c.way == described), None) for n in names]
-        rows.append((described["base"], title(described), *(c.shown("gain_kept") if c else "" for c in found)))
+    for name, way in sorted(every.items(), key=lambda item: (item[1]["base"], rank(item[1]))):
+        found = [finetunes[finetune].get(name) for finetune in names]
+        rows.append((way["base"], title(way), *(c.shown("gain_kept") if c else "" for c in found)))
     return _markdown([("base", "way", *names), *rows]) if rows else None
 
 
