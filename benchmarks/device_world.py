@@ -127,7 +127,8 @@ class DecodeStep:
         distinct = [e for e in dict.fromkeys(entries) if e > 0]
         runs = [(e, entries.index(e), entries.index(e) + entries.count(e)) for e in distinct]
         for segments_G4 in (step.segments_G4, step.logit_segments_G4):
-            segments_G4[: len(runs)] = np.array(segment_table(runs)).reshape(-1, 4)
+            table = segment_table(runs)
+            segments_G4[: len(table)] = np.array(table).reshape(-1, 4)
         step.logit_rows_L[:] = np.arange(self.rows)
         line = RowValues(vocab=self.world.config.vocab_size, temperature=0.0)
         step.sampling_LF[:] = np.frombuffer(line.pack(0), np.int32)

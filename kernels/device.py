@@ -61,6 +61,8 @@ class Field(IntEnum):
     """The variant's own N where it differs from the base's (a larger vocabulary), else 0"""
 
 
+SEGMENT_ROWS = 8
+"""Of one variant that are multiplied at once: as long as reading its signs takes, in sign products"""
 FIELDS = 16
 """Width of a table row: a power of two, beyond the last Field unused."""
 
@@ -119,9 +121,15 @@ class Kinds:
 
 
 def segment_table(runs: Sequence[tuple[int, int, int]]) -> list[list[int]]:
-    """(entry, start, stop, how many there are) of every run (entry, start, stop) of a variant."""
-    own = [run for run in runs if run[0] > 0]
-    return [[*run, len(own)] for run in own]
+    """(entry, start, stop, how many there are) of all runs (entry, start, stop) of variants, SEGMENT_ROWS at a time:
+    what programs share out are segments, and many rows of one variant would be few programs' work."""
+    own = [
+        (entry, first, min(first + SEGMENT_ROWS, stop))
+        for entry, start, stop in runs
+        if entry > 0
+        for first in range(start, stop, SEGMENT_ROWS)
+    ]
+    return [[*segment, len(own)] for segment in own]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from bitdelta_core.models.device.kinds import StepKinds, step_union
 from bitdelta_core.models.device.passes import WideStep
 from bitdelta_core.models.device.step import StepBuffers, StepSize
 from kernels.delta_linear.wide import ROWS, row_tiles
-from kernels.device import StepRows
+from kernels.device import SEGMENT_ROWS, StepRows, segment_table
 from kernels.sampling import sample
 from kernels.sampling.rows import SamplingRows
 
@@ -56,7 +56,7 @@ class Limits:
         return StepSize(
             rows=self.rows,
             sequences=self.sequences,
-            segments=self.sequences,
+            segments=self.sequences + MAX_ROWS // SEGMENT_ROWS,
             logits=min(MAX_ROWS, self.rows),
             blocks=self.blocks,
             tiles=tiles,
@@ -197,7 +197,7 @@ class DeviceRunner:
             self._pad(buffers)
             self.graphs.capture(shape)
         host = buffers.begin()
-        write(host, pieces, self._limits.block_size, self._place_of)
+        write(host, pieces, self._limits.block_size, self._place_of, wide=False)
         self.sampler.write_lines(host.sampling_LF, pieces)
         buffers.upload()
         logits_TV = self.graphs.launch(shape)
@@ -220,14 +220,14 @@ class DeviceRunner:
     def _prefill(self, pieces: Sequence[Piece], prompts: dict[int, list[PromptPart]]) -> None:
         buffers = self._wide
         host = buffers.begin()
-        runs, _ = write(host, pieces, self._limits.block_size, self._place_of)
+        runs, logit_runs = write(host, pieces, self._limits.block_size, self._place_of, wide=True)
         tiles = row_tiles(runs)
         host.tiles_I4[: len(tiles)] = tiles
         self.sampler.write_lines(host.sampling_LF, pieces)
         buffers.upload()
         rows, logits = sum(p.rows for p in pieces), sum(p.logits for p in pieces)
         step = WideStep(
-            rows=buffers.narrowed(rows, len(pieces), max(1, sum(entry > 0 for entry, _, _ in runs)), logits),
+            rows=buffers.narrowed(rows, len(pieces), max(1, len(segment_table(logit_runs))), logits),
             segments=runs,
             tiles_I4=buffers.tiles(len(tiles)),
             max_query=max(p.rows for p in pieces),

@@ -102,12 +102,13 @@ def spans(pieces: Sequence[Piece], counts: Sequence[int]) -> Spans:
 
 
 def write(
-    host: HostStep, pieces: Sequence[Piece], block_size: int, place_of: Mapping[EngineSequence, int]
+    host: HostStep, pieces: Sequence[Piece], block_size: int, place_of: Mapping[EngineSequence, int], *, wide: bool
 ) -> tuple[Spans, Spans]:
     """Fill in what the pieces are, their sampling apart.
 
     Args:
         place_of: where the last step's token of a sequence is, among all of the device's sampled tokens.
+        wide: of a wide step, whose linears go by tiles of rows: only the head's segments are written.
 
     Returns:
         The runs of entries, over rows and over rows with logits.
@@ -135,7 +136,9 @@ def write(
     ends = zip(starts[1:], logits, strict=True)
     host.logit_rows_L[: sum(logits)] = [row for stop, n in ends for row in range(stop - n, stop)]
     runs, logit_runs = spans(pieces, counts.tolist()), spans(pieces, logits)
-    for segments_G4, found in ((host.segments_G4, runs), (host.logit_segments_G4, logit_runs)):
-        table = segment_table(found)
+    tables = [(host.logit_segments_G4, segment_table(logit_runs))]
+    if not wide:
+        tables.append((host.segments_G4, segment_table(runs)))
+    for segments_G4, table in tables:
         segments_G4[: len(table)] = np.array(table).reshape(-1, 4)
     return runs, logit_runs

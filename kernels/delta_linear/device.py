@@ -22,7 +22,7 @@ from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
 
 __all__ = ["delta_linear", "partials_of", "split_of"]
 MOST_TURNS = 8
-"""Items of sign products that a program takes, one after another, at most"""
+"""Items that a program takes, one after another, at most, where base tiles run beside it"""
 
 
 def split_of(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> int:
@@ -184,9 +184,12 @@ def _unpack(
 
 
 def programs(items: int, config: Config, tensor: torch.Tensor) -> int:
-    """How many share so many items: enough that those which end early leave little to wait for."""
-    turns = items // (2 * config.resident * multiprocessors(tensor.device))
-    return triton.cdiv(items, min(MOST_TURNS, max(1, turns)))
+    """How many share so many items. By themselves all that run at once; among base tiles, which end at different times,
+    twice as many or more."""
+    at_once = config.resident * multiprocessors(tensor.device)
+    if config.impl == "signs":
+        return min(items, at_once)
+    return triton.cdiv(items, min(MOST_TURNS, max(1, items // (2 * at_once))))
 
 
 def member_blocks(target: Target, width: int, kinds: Kinds, config: Config) -> tuple[int, int, int]:

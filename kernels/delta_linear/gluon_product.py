@@ -172,7 +172,7 @@ def product_kernel(
 
 def supports(x_TK: torch.Tensor, weight_NK: torch.Tensor, target: Target, kinds: Kinds) -> bool:
     """Whether `product` takes these."""
-    simple = kinds.planes == 1 and not (kinds.columns or kinds.dense or kinds.rank)
+    simple = kinds.signs and kinds.planes == 1 and not (kinds.columns or kinds.dense or kinds.rank)
     fits = target.inputs % INNER == 0 and x_TK.dtype.itemsize == 2
     aligned = x_TK.data_ptr() % 16 == 0 and x_TK.stride(0) % 8 == 0 and weight_NK.data_ptr() % 16 == 0
     hopper = x_TK.is_cuda and torch.cuda.get_device_capability(x_TK.device)[0] == 9

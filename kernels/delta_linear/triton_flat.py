@@ -50,10 +50,6 @@ def base_tile(
         gdc_wait()
     y = tl.zeros((BN, BT), tl.float32)
     for done in tl.range(0, span, BK, num_stages=STAGES):
-        if PDL:
-            # Not before: kernels to come would fill the multiprocessors and the cache while this one needs both.
-            if done * 4 >= span * 3:
-                gdc_launch_dependents()
         if K % (SPLIT * BK) == 0:
             w = tl.load(w_at + done, eviction_policy="evict_first")
             x = tl.load(x_at + done, mask=t[None, :] < T, other=0.0)
@@ -65,6 +61,8 @@ def base_tile(
     at = OUT + (split * T + t)[None, :].to(tl.int64) * width + n[:, None]
     y = tl.where(n[:, None] < N, y, 0.0)
     tl.store(at, y.to(OUT.dtype.element_ty), mask=(t[None, :] < T) & (n[:, None] < width))
+    if PDL:
+        gdc_launch_dependents()  # not before: see `launches`
 
 
 @triton.jit

@@ -199,9 +199,6 @@ def sign_items(
         gdc_wait()
     x_scale, x_sum = tl.load(XSCALE + start), tl.load(XSUM + start)
     for i in range(program, items, programs):
-        if PDL:
-            if i + programs >= items:
-                gdc_launch_dependents()
         at_2, start_2, stop_2, member_2, tile_2, limit_2, outputs_2, planes_2 = _item(
             SLAB, TABLE, table_stride, SEGMENTS, i + programs, items, blocks, base_outputs, width, M1, M2, MEMBERS,
             TILES,
@@ -227,6 +224,8 @@ def sign_items(
                 tl.store(OUT + row * width + n, tl.zeros_like(n).to(tl.float32), mask=n < limit)
         at, start, stop, member, words, scale = at_2, start_2, stop_2, member_2, words_2, scale_2
         tile, limit, outputs, planes, x_scale, x_sum = tile_2, limit_2, outputs_2, planes_2, x_scale_2, x_sum_2
+    if PDL:
+        gdc_launch_dependents()  # not before: see `launches`
 
 
 @triton.jit
@@ -241,7 +240,7 @@ def prefetch(at, size):
 @triton.jit
 def _prefetch_signs(words, tile, tiles, KB: tl.constexpr, TILES: tl.constexpr):
     """An item's signs of one plane: KB fragments of 512 bytes a tile. Those beyond the last repeat it."""
-    EACH: tl.constexpr = 16
+    EACH: tl.constexpr = tl.constexpr(16)
     t = tl.minimum(tile + tl.arange(0, TILES * EACH) // EACH, tiles - 1).to(tl.int64)
     fragment = tl.arange(0, TILES * EACH) % EACH
     for first in tl.static_range(0, KB, EACH):

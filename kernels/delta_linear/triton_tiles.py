@@ -65,7 +65,7 @@ def signed(scale, of_bytes, BN: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def ones(of_bytes, DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """+1 where the bit is set, else -1. Not `add_signed` to 0: constants may lie otherwise in registers than loads."""
-    ONE: tl.constexpr = 0x3F80 if tl.bfloat16 == DTYPE else 0x3C00
+    ONE: tl.constexpr = tl.constexpr(0x3F80 if tl.bfloat16 == DTYPE else 0x3C00)
     shift = (15 - tl.arange(0, 8))[None, None, :]
     flipped = ((spread(of_bytes, BN, BK) << shift) & 0x8000) ^ (0x8000 | ONE)
     return tl.reshape(flipped, (BN, BK)).to(tl.int16).to(DTYPE, bitcast=True)

@@ -87,7 +87,7 @@ class DeviceStepper:
         self._free = torch.randperm(BLOCKS - 1, generator=torch.Generator().manual_seed(5)).add(1).tolist()
         blocks = BLOCKS // 4
         self._narrow = {rows: StepBuffers(StepSize.decode(rows, blocks), DEVICE) for rows in BUCKETS}
-        size = StepSize(rows=WIDE_ROWS, sequences=24, segments=16, logits=WIDE_ROWS, blocks=blocks, tiles=64)
+        size = StepSize(rows=WIDE_ROWS, sequences=24, segments=WIDE_ROWS, logits=WIDE_ROWS, blocks=blocks, tiles=64)
         self._wide = StepBuffers(size, DEVICE)
         self._sampled_S = torch.full((SAMPLED,), -1, dtype=torch.int32, device=DEVICE)
 
@@ -125,7 +125,7 @@ class DeviceStepper:
         self._wide.upload()
         self._poison()
         step = WideStep(
-            rows=self._wide.narrowed(rows, len(work), sum(e > 0 for e, _, _ in segments), rows),
+            rows=self._wide.narrowed(rows, len(work), len(segment_table(segments)), rows),
             segments=segments,
             tiles_I4=self._wide.tiles(len(tiles)),
             max_query=max(n for _, n in work),
