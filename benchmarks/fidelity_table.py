@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +31,7 @@ ORDER = (
     "magnitude",
     "whole",
 )
+SCALES = (None, "tensor", "row", "row_col")
 ENDS = ("base", "fine-tune")
 Way = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -113,7 +114,7 @@ def rank(way: Way) -> tuple[Any, ...]:
         way.get("base", ""),
         bool(way.get("distill")),
         way.get("calibrate") is not False,
-        way.get("scale") or "",
+        SCALES.index(way.get("scale")),
         way.get("mask_rows", 0),
         -way.get("budget", 0),
         way.get("ratio", 0),
@@ -144,11 +145,12 @@ def gains(finetunes: Mapping[str, Mapping[str, Cell]]) -> str:
     for way, cells in plain(finetunes).items():
         means = [m for name in judged if name in cells and (m := cells[name].mean("gain_kept")) is not None]
         whole = len(means) == len(judged)
+        sized = [cells[name] for name in judged if name in cells] or list(cells.values())
         rows.append(
             (
                 way,
-                _over(cells, "linear_bits_per_weight", ".2f"),
-                _over(cells, "ratio", ".1f"),
+                _over(sized, "linear_bits_per_weight", ".2f"),
+                _over(sized, "ratio", ".1f"),
                 *(cells[name].shown("gain_kept") if name in cells else "" for name in names),
                 f"{fmean(means):.3f}" if whole else "",
                 f"{min(means):.3f}" if whole else "",
@@ -184,11 +186,10 @@ def details(cells: Mapping[str, Cell]) -> str:
     return _markdown(rows)
 
 
-def _over(cells: Mapping[str, Cell], key: str, form: str) -> str:
+def _over(cells: Iterable[Cell], key: str, form: str) -> str:
     """From the least to the largest over fine-tunes, where they differ."""
-    means = sorted(format(m, form) for cell in cells.values() if (m := cell.mean(key)) is not None)
-    ends = sorted({means[0], means[-1]}, key=float)
-    return " to ".join(ends)
+    means = [m for cell in cells if (m := cell.mean(key)) is not None]
+    return " to ".join(dict.fromkeys((format(min(means), form), format(max(means), form))))
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
