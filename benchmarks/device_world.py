@@ -15,7 +15,7 @@ from synthetic import Kind, Shape
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.device.decoder import DeviceDecoder
-from bitdelta_core.models.device.kinds import StepKinds
+from bitdelta_core.models.device.kinds import StepKinds, single
 from bitdelta_core.models.device.kv_cache import DeviceKVCache
 from bitdelta_core.models.device.layout import DeviceLayout, widest_vocabulary
 from bitdelta_core.models.device.step import StepBuffers, StepSize
@@ -112,6 +112,8 @@ class DecodeStep:
         self.sampled = Sampled.empty(rows, world.device)
         self.workspace = Workspace.empty(rows, widest_vocabulary(world.config), world.device)
         self.kinds = world.layout.kinds if variants else StepKinds()
+        if variants == rows:
+            self.kinds = single(self.kinds)
         self._write([i * variants // rows + 1 for i in range(rows)] if variants else [0] * rows)
 
     def _write(self, entries: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import gpu_timing
@@ -35,7 +35,10 @@ class LinearCase:
 
     @property
     def kinds(self) -> Kinds:
-        return self.parts.kinds() if self.mix != "base" else Kinds()
+        if self.mix == "base":
+            return Kinds()
+        kinds = self.parts.kinds()
+        return replace(kinds, single=kinds.signs and self.mix == "distinct" and self.rows == self.variants)
 
 
 class LinearRun:

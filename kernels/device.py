@@ -114,6 +114,8 @@ class Kinds:
     """Highest padded rank; 0: no low-rank deltas"""
     dense: bool = False
     rows: bool = False
+    single: bool = False
+    """No variant has more than one row: sign products take fewer registers then, and so more programs at a time"""
 
     def sets(self, target: Target) -> int:
         """C: column sets that this target's planes need."""

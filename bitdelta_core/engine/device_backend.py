@@ -128,6 +128,7 @@ def _check_products(device: torch.device) -> str:
 
 
 def _graph_reserve(sizes: int, config: EngineConfig) -> int:
-    """For the base, what is expected, and two families that are not; each greedy and not."""
-    families = 3 + len(config.cuda_graph_deltas)
+    """For the base, what is expected, with and without several rows of a variant, and two families that are not; each
+    greedy and not."""
+    families = 3 + 2 * len(config.cuda_graph_deltas)
     return GRAPHS_RESERVE + (0 if config.enforce_eager else GRAPH_RESERVE * 2 * families * sizes)

@@ -21,7 +21,7 @@ from bitdelta_core.engine.prompt_logprobs import PromptPart, prompt_part
 from bitdelta_core.engine.runner import Outcome, Task
 from bitdelta_core.engine.sequence import Sequence as EngineSequence
 from bitdelta_core.models.device.decoder import MAX_ROWS
-from bitdelta_core.models.device.kinds import StepKinds, step_union
+from bitdelta_core.models.device.kinds import StepKinds, single, step_union
 from bitdelta_core.models.device.passes import WideStep
 from bitdelta_core.models.device.step import StepBuffers, StepSize
 from kernels.delta_linear.wide import ROWS, row_tiles
@@ -249,4 +249,5 @@ class DeviceRunner:
 def _kinds(pieces: Sequence[Piece]) -> StepKinds:
     """What the pieces' variants may have."""
     layouts = {piece.entry: piece.task.weights for piece in pieces if piece.entry}
-    return step_union([layout.kinds for layout in layouts.values()])
+    found = step_union([layout.kinds for layout in layouts.values()])
+    return single(found) if sum(piece.rows for piece in pieces if piece.entry) == len(layouts) else found

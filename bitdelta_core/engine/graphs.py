@@ -16,7 +16,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from bitdelta_core.engine.accelerator import Accelerator
-from bitdelta_core.models.device.kinds import StepKinds, step_union
+from bitdelta_core.models.device.kinds import StepKinds, single, step_union
 from kernels.device import Kinds
 from kernels.sampling.rows import GREEDY, Wants
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 SAMPLING = (GREEDY, Wants(ranks=False), Wants())
 """What sampling is captured for, narrowest first."""
-MAX_FAMILIES = 6
+MAX_FAMILIES = 8
 BASE = StepKinds()
 Output = TypeVar("Output")
 
@@ -83,10 +83,13 @@ class DecodeGraphs(Generic[Output]):
         log.info("captured a step of %d rows in %.2f s: %s, %s", shape.rows, seconds, shape.kinds, shape.wants)
 
     def capture_all(self, kinds: Sequence[StepKinds]) -> None:
-        """All sizes, of the bare base and of these; the largest first: the others find their memory in its pool."""
-        families = dict.fromkeys(self._family(k) for k in (BASE, *kinds))
+        """All sizes, of the bare base and of these, with and without several rows of one variant; the largest first:
+        the others find their memory in its pool."""
+        families = dict.fromkeys(self._family(k) for k in (BASE, *(single(k) for k in kinds), *kinds))
         for rows in sorted(self._captured_sizes, reverse=True):
             for family in families:
+                if rows == 1 and single(family) != family:
+                    continue  # one row is never several
                 for wants in SAMPLING[:2]:
                     self.capture(Shape(rows, family, wants))
 
@@ -115,5 +118,5 @@ def _rounded(rank: int) -> int:
 def _width(kinds: StepKinds) -> tuple[int, int]:
     """How much more than the base is launched: kinds first, then their sizes."""
     parts: list[Kinds] = [kinds.layers, kinds.embed, kinds.head]
-    flags = sum(k.signs + k.columns + k.dense + k.rows + (k.rank > 0) for k in parts)
+    flags = sum(k.signs + k.columns + k.dense + k.rows + (k.rank > 0) + (k.signs and not k.single) for k in parts)
     return flags, sum(k.planes + k.rank for k in parts)

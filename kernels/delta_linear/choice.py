@@ -71,7 +71,7 @@ def key(target: Target, rows: int, kinds: Kinds) -> str:
 
     Several planes, or column scales, take more registers than one plane without.
     """
-    kernels = ("signs" if _plain(kinds) else "planes") if kinds.signs else "base"
+    kernels = (("single" if kinds.single else "signs") if _plain(kinds) else "planes") if kinds.signs else "base"
     return f"{target.outputs}x{target.inputs} {triton.next_power_of_2(rows)} {kernels}"
 
 
@@ -97,7 +97,10 @@ def rule(target: Target, rows: int, kinds: Kinds, b1: bool, multiprocessors: int
 
 
 def sign_rule(target: Target, rows: int, kinds: Kinds) -> Config:
-    """The part of the settings that is about signs: some 40 KB of them under way on every multiprocessor, unspilled."""
+    """The part of the settings that is about signs: as many of them under way as registers hold unspilled."""
+    if kinds.single and target.tiles[1] <= 56:
+        steps = -(-target.tiles[1] // 4)
+        return Config("signs", tiles=4 if steps <= 4 else 2 if steps <= 11 else 1, warps=4, resident=4, registers=128)
     blocks = target.tiles[1]
     warps = 4 if blocks <= 24 else 8
     steps = -(-blocks // warps)

@@ -222,7 +222,7 @@ def sign_constants(target: Target, rows: int, kinds: Kinds, config: Config, pdl:
         "MEMBERS": len(target.members) if kinds.columns else 1,
         "COLUMNS": kinds.columns,
         "MANY": kinds.planes > 1,
-        "LONGEST": 1 if rows == 1 else 4 if rows <= 4 else 8,
+        "LONGEST": 1 if rows == 1 or kinds.single else 4 if rows <= 4 else 8,
         "PDL": pdl,
     }
 

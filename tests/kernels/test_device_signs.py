@@ -99,6 +99,22 @@ def test_mixes(mix: str, config: Config, dtype: torch.dtype) -> None:
     check(made, target, batch, activations(len(batch.entry_T), 300, dtype), config)
 
 
+@pytest.mark.parametrize("config", [FLAT, TWO], ids=["flat", "signs"])
+def test_single_rows(config: Config) -> None:
+    """What is launched where no variant has more than one row gives the very same."""
+    target, dtype = Target(1, 72, 1100), DTYPES[0]
+    made = world([Target(0, 16, 8), target], SIGN_ENTRIES, dtype)
+    batch = rows([1, 2, 3, 5, 9, 0, 0], padding=1, spare_segments=2)
+    x = activations(len(batch.entry_T), 1100, dtype)
+    _, several = run(made, target, batch, x, config)
+    _, single = run(made, target, batch, x, config, kinds=replace(made.kinds(), single=True))
+    assert several.delta_TN is not None
+    assert single.delta_TN is not None
+    for _, start, stop in batch.segments:
+        assert several.delta_TN[start:stop].isfinite().all()
+        assert torch.equal(single.delta_TN[start:stop], several.delta_TN[start:stop])
+
+
 @pytest.mark.parametrize(("config", "dtype"), SETTINGS, ids=lambda value: getattr(value, "impl", str(value)))
 def test_every_kind_in_one_batch(config: Config, dtype: torch.dtype) -> None:
     """All of them, in a fused target whose blocks of tiles do not end where its members do."""

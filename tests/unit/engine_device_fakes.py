@@ -16,7 +16,7 @@ import torch
 
 from bitdelta_core.engine.accelerator import Mark, Plain
 from bitdelta_core.engine.device_runner import DeviceRunner, Limits
-from bitdelta_core.models.device.kinds import StepKinds, step_union
+from bitdelta_core.models.device.kinds import StepKinds, single, step_union
 from bitdelta_core.models.device.passes import WideStep
 from kernels.device import StepRows
 from tests.unit.engine_fakes import BASE_SALT, VOCAB, logits_of, salt_in
@@ -140,7 +140,10 @@ class FakePassDecoder:
         self.before_forward()
         self.rows_computed += len(owner)
         entries = rows.entry_T.tolist()[: len(owner)]
-        met = step_union([self._tables.kinds[e] for e in set(entries) if e])
+        variants = [e for e in entries if e]
+        met = step_union([self._tables.kinds[e] for e in set(variants)])
+        if len(set(variants)) == len(variants):
+            met = single(met)
         assert step_union([met, kinds]) == kinds, "kernels that the step needs are not launched"
         salts = [salt_in(self._tables.extents[e]) if e else self.base_salt for e in entries]
         self._logits.fill_(torch.nan)

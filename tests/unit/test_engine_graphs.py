@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bitdelta_core.engine.graphs import BASE, MAX_FAMILIES, DecodeGraphs, Shape
-from bitdelta_core.models.device.kinds import StepKinds, step_union
+from bitdelta_core.models.device.kinds import StepKinds, single, step_union
 from kernels.device import Kinds
 from kernels.sampling.rows import GREEDY, Wants
 from tests.unit.engine_device_fakes import LatePlain
@@ -54,8 +54,22 @@ def test_each_shape_is_captured_once() -> None:
 def test_what_is_expected_is_captured_at_the_start() -> None:
     made, accelerator = graphs()
     made.capture_all([SIGNS, SIGNS, BASE])
-    assert accelerator.captures == 4 * 2 * 2
-    assert not made.is_missing(made.shape_for(3, SIGNS, GREEDY))
+    assert accelerator.captures == 2 * (4 + 4 + 3), (
+        "the base; variants of one row each; of several, which one row is not"
+    )
+    for rows, kinds in ((1, single(SIGNS)), (3, single(SIGNS)), (3, SIGNS)):
+        shape = made.shape_for(rows, kinds, GREEDY)
+        assert shape.kinds == kinds
+        assert not made.is_missing(shape)
+
+
+def test_steps_of_single_rows_may_be_served_by_others_but_not_the_reverse() -> None:
+    made, _ = graphs()
+    assert made.shape_for(4, SIGNS, GREEDY).kinds == SIGNS
+    assert made.shape_for(4, single(SIGNS), GREEDY).kinds == SIGNS, "covered"
+    made, _ = graphs()
+    assert made.shape_for(4, single(SIGNS), GREEDY).kinds == single(SIGNS)
+    assert made.shape_for(4, SIGNS, GREEDY).kinds == SIGNS
 
 
 def test_a_family_covers_what_it_was_made_for_and_less() -> None:

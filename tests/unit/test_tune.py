@@ -62,7 +62,7 @@ def test_the_fastest_of_everything_timed_is_filed(tune: Any, monkeypatch: pytest
     monkeypatch.setattr(tune.gpu_timing, "graph_us", lambda calls: 500.0)
     found = tune.searched(None, search, FakeTimer(search, hidden))
     assert found == {
-        "22016x4096 16 signs": tune.settings(hidden),
+        "22016x4096 16 single": tune.settings(hidden),
         "22016x4096 16 base": tune.settings(search.first(search.base)[-1]),
     }
 

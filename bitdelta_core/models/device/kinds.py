@@ -6,7 +6,7 @@ Layers, embedding and head apart: an 8-bit head must not make every linear of ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.device import Kinds
 
@@ -28,16 +28,24 @@ ANYTHING = StepKinds(_ANY, _ANY, _ANY)
 
 
 def union(kinds: Sequence[Kinds]) -> Kinds:
-    """The smallest that covers all."""
+    """The smallest that covers all. Rows are single where they are of all that have signs."""
+    signed = [k for k in kinds if k.signs]
     return Kinds(
-        signs=any(k.signs for k in kinds),
+        signs=bool(signed),
         columns=any(k.columns for k in kinds),
         planes=max((k.planes for k in kinds), default=1),
         rank=max((k.rank for k in kinds), default=0),
         dense=any(k.dense for k in kinds),
         rows=any(k.rows for k in kinds),
+        single=bool(signed) and all(k.single for k in signed),
     )
 
 
 def step_union(kinds: Sequence[StepKinds]) -> StepKinds:
     return StepKinds(*(union([getattr(k, part) for k in kinds]) for part in ("layers", "embed", "head")))
+
+
+def single(kinds: StepKinds) -> StepKinds:
+    """Of a step in which no variant has more than one row; where there are no signs that changes nothing."""
+    layers, head = (replace(k, single=k.signs) for k in (kinds.layers, kinds.head))
+    return replace(kinds, layers=layers, head=head)
