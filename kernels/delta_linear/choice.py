@@ -104,9 +104,10 @@ def sign_rule(target: Target, rows: int, kinds: Kinds) -> Config:
     blocks = target.tiles[1]
     warps = 4 if blocks <= 24 else 8
     steps = -(-blocks // warps)
-    resident, registers = RESIDENT[warps][0]
-    tiles = 4 if steps <= 4 else 2
-    return Config("signs", tiles=tiles, warps=warps, resident=resident, registers=registers if _plain(kinds) else None)
+    if not _plain(kinds):
+        return Config("signs", tiles=4 if steps <= 4 else 2, warps=warps, resident=2)
+    resident, registers = RESIDENT[warps][1 if warps == 4 else 0]
+    return Config("signs", tiles=2, warps=warps, resident=resident, registers=registers)
 
 
 @lru_cache(maxsize=16)
