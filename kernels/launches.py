@@ -9,8 +9,7 @@ that the kernel before writes. The rules, on chips of capability 9.0 and later:
 - The first kernel of a step is launched plainly, after all that came before it: copies to the slab, and the tables that
   say where variants lie, are complete for the whole step, and so are the step's rows.
 - Linears let the next kernel start when they end, small kernels at once: what starts early brings weights to the cache,
-  and is not to fill it, or the multiprocessors, while a linear still needs both. (Measured on an H200: 26 us for one
-  that says so last, 27.5 first, 30 in its loop's last quarter, where it interrupts the copies that are under way.)
+  and is not to fill it, or the multiprocessors, while a linear still needs both (`docs/log.md`, 2026-11-23).
 - Whoever does neither (cuBLAS, copies) may stand anywhere: it starts after, and is finished before.
 """
 

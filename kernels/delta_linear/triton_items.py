@@ -185,7 +185,7 @@ def sign_items(
         blocks: items of each segment.
         base_outputs, width: N of the base; columns of OUT, N or more.
         M1, M2: see `member_of`. MEMBERS: 1 where COLUMNS is not set.
-        LONGEST: most rows that a segment may have: 1, 4, or any number.
+        LONGEST: most rows that a segment may have: 1, 4, or 8 (`SEGMENT_ROWS`; more would be right, and slow).
     """
     items = tl.load(SEGMENTS + 3) * blocks
     at, start, stop, member, tile, limit, outputs, planes = _item(
