@@ -32,7 +32,7 @@ from kernels.device import Target
 
 BEST = 3
 OPS = ("qkv", "o", "gate_up", "down", "head")
-BASE_TILE = ("impl", "split", "outputs", "inner", "stages")
+BASE_TILE = ("impl", "outputs", "inner", "stages")
 """What a configuration says of the base's part; the rest is about signs."""
 Times = Mapping[Config, float]
 
@@ -79,7 +79,7 @@ class Search:
         chosen = [self.rule(self.signs), *best(signs, BEST)]
         tiles = [c for c in (*chosen, *best(base, BEST)) if c.impl == "flat"]
         found = [joined(t, s) for t, s in product(tiles, chosen)]
-        found += [replace(s, impl="signs", split=1) for s in chosen]
+        found += [replace(s, impl="signs") for s in chosen]
         return [c for c in dict.fromkeys(found) if c not in signs]
 
 

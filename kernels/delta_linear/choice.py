@@ -18,10 +18,12 @@ from kernels.device import Kinds, Target
 Impl = Literal["flat", "signs", "unpack"]
 """flat: base tiles and sign products in one launch. signs: cuBLAS, then sign products. unpack: cuBLAS, then products
 with unpacked signs. Base only, flat is base tiles alone and the others cuBLAS alone."""
-RESIDENT: dict[int, list[tuple[int, int]]] = {4: [(3, 168), (4, 128), (2, 248)], 8: [(2, 128), (3, 80)]}
-"""By warps: programs of a multiprocessor, and the registers that this many leave each thread"""
 FLAT_ROWS = 64
-"""More rows than that are cuBLAS's: accumulators of base tiles crowd out the signs that are under way."""
+"""More rows than that are cuBLAS's"""
+_SHARED_BYTES = 100 * 1024
+"""Of a program, where two share a multiprocessor of Hopper"""
+_STEPS = 16
+"""Blocks of 256 columns of a row of which a thread holds the planes: 64 registers"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +31,50 @@ class Config:
     """Settings of one linear at one number of rows. Only their speed differs; any works for any shape."""
 
     impl: Impl
-    split: int = 1
-    """flat: parts of K; how many partials there are"""
     outputs: int = 64
     inner: int = 64
     stages: int = 4
     """flat: outputs of a base tile, its step along K, and how many steps are under way"""
     tiles: int = 4
-    """Tiles of 16 outputs that one program multiplies at once"""
+    """Tiles of 16 outputs that a program multiplies at once with a row"""
+    spread: int = 1
+    """Warps that share the columns of a tile then. tiles * spread is a multiple of warps"""
+    depth: int = 3
+    """How many times so many tiles are at some stage: all but one in shared memory"""
     warps: int = 4
     registers: int | None = None
-    """Most that a thread may have: more programs at a time"""
-    resident: int = 4
-    """Programs of sign products per multiprocessor: they take items in turn"""
+    """Most that a thread may have"""
+    resident: int = 2
+    """Programs of each multiprocessor. There are no more than run at once"""
 
     def base_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of `Partials.base_STN`, for this compute dtype."""
         return torch.float32 if self.impl == "flat" else dtype
+
+    def programs(self, device: torch.device | str) -> int:
+        return self.resident * multiprocessors(torch.device(device))
+
+    def sharing(self, target: Target, width: int, device: torch.device | str) -> int:
+        """How many programs have a share of the base: each at least one step."""
+        return min(self.programs(device), triton.cdiv(width, self.outputs) * triton.cdiv(target.inputs, self.inner))
+
+    def split(self, target: Target, width: int, device: torch.device | str) -> int:
+        """The most programs that share a tile of the base: how many partials there are."""
+        if self.impl != "flat":
+            return 1
+        steps, programs = triton.cdiv(target.inputs, self.inner), self.sharing(target, width, device)
+        tiles = triton.cdiv(width, self.outputs)
+        return max(
+            program_of((tile + 1) * steps - 1, programs, tiles * steps) - program_of(tile * steps, programs, tiles * steps)
+            for tile in range(tiles)
+        ) + 1
+
+
+def program_of(one: int, programs: int, total: int) -> int:
+    """Whose share one of so many is in: `triton_share.program_of`."""
+    each, more = divmod(total, programs)
+    longer = more * (each + 1)
+    return one // (each + 1) if one < longer else more + (one - longer) // each
 
 
 def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> Config:
@@ -56,7 +85,7 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) 
         return rule(target, rows, kinds, b1=False)
     b1 = self_check(device).ok if kinds.signs else True
     found = _measured(target, rows, kinds, torch.cuda.get_device_name(device)) if b1 else None
-    return found or rule(target, rows, kinds, b1, multiprocessors(device))
+    return found or rule(target, rows, kinds, b1, _shared_bytes(device))
 
 
 def _measured(target: Target, rows: int, kinds: Kinds, device_name: str) -> Config | None:
@@ -79,35 +108,36 @@ def _plain(kinds: Kinds) -> bool:
     return kinds.planes == 1 and not kinds.columns
 
 
-def rule(target: Target, rows: int, kinds: Kinds, b1: bool, multiprocessors: int = 132) -> Config:
-    """Without measurements. `b1`: whether there is a binary tensor core.
+def rule(target: Target, rows: int, kinds: Kinds, b1: bool, shared: int = _SHARED_BYTES) -> Config:
+    """Without measurements: as much under way as shared memory holds.
 
-    One launch while it can hide one part's tail behind the other. Split K until there are tiles for every
-    multiprocessor, less so where many rows make the partials large.
+    Args:
+        b1: whether there is a binary tensor core. shared: bytes that each of two programs has.
     """
-    signs = sign_rule(target, rows, kinds)
+    signs = signs_with(target, shared)
     if kinds.signs and not b1:
-        return replace(signs, impl="unpack", registers=None)
+        return replace(signs, impl="unpack")
     if rows > FLAT_ROWS:
         return replace(signs, impl="signs")
-    split, few = 1, rows <= 4
-    while split < (4 if rows <= 32 else 2) and target.outputs * split < 64 * 1.2 * multiprocessors:
-        split *= 2
-    return replace(signs, impl="flat", split=split, inner=128 if few else 64, stages=3 if few else 4)
+    inner = 128 if rows <= 32 else 64
+    step = 2 * inner * (64 + max(16, triton.next_power_of_2(rows)))
+    return replace(signs, impl="flat", outputs=64, inner=inner, stages=max(2, min(4, shared // step)))
 
 
-def sign_rule(target: Target, rows: int, kinds: Kinds) -> Config:
-    """The part of the settings that is about signs: as many of them under way as registers hold unspilled."""
-    if kinds.single and target.tiles[1] <= 56:
-        steps = -(-target.tiles[1] // 4)
-        return Config("signs", tiles=4 if steps <= 4 else 2 if steps <= 11 else 1, warps=4, resident=4, registers=128)
-    blocks = target.tiles[1]
-    warps = 4 if blocks <= 24 else 8
-    steps = -(-blocks // warps)
-    if not _plain(kinds):
-        return Config("signs", tiles=4 if steps <= 4 else 2, warps=warps, resident=2)
-    resident, registers = RESIDENT[warps][1 if warps == 4 else 0]
-    return Config("signs", tiles=2, warps=warps, resident=resident, registers=registers)
+def signs_with(target: Target, shared: int) -> Config:
+    """Settings of sign products. A warp has a tile's columns to itself if its registers hold a row's planes."""
+    blocks, spread, warps = target.tiles[1], 1, 4
+    while spread < warps and triton.cdiv(blocks, spread) > _STEPS:
+        spread *= 2
+    tiles = warps // spread
+    depth = max(2, min(6, 1 + shared // (tiles * blocks * 512)))
+    return Config("signs", tiles=tiles, spread=spread, depth=depth, warps=warps)
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Of each of two programs on a multiprocessor, less what the launch itself takes."""
+    found = torch.cuda.get_device_properties(device)
+    return min(_SHARED_BYTES, found.shared_memory_per_multiprocessor // 2 - 4096)
 
 
 @lru_cache(maxsize=16)
@@ -125,35 +155,38 @@ def candidates(target: Target, rows: int, kinds: Kinds) -> list[Config]:
     """
     chosen = rule(target, rows, kinds, b1=True)
     flat = rule(target, min(rows, FLAT_ROWS), kinds, b1=True)
-    signs = _sign_candidates(target, rows) if kinds.signs else []
-    found = [chosen, replace(chosen, impl="signs", split=1)]
+    signs = _sign_candidates(target) if kinds.signs else []
+    found = [chosen, replace(chosen, impl="signs")]
     if rows <= 2 * FLAT_ROWS:
-        found += [flat, *(replace(flat, **base) for base in _base_candidates(target))]
+        found += [flat, *(replace(flat, **base) for base in _base_candidates(rows))]
         found += [replace(flat, **_sign_part(s)) for s in signs]
     return list(dict.fromkeys(found + signs))
 
 
 def _sign_part(config: Config) -> dict[str, int | None]:
-    return {name: getattr(config, name) for name in ("tiles", "warps", "registers", "resident")}
+    return {name: getattr(config, name) for name in ("tiles", "spread", "depth", "warps", "registers", "resident")}
 
 
-def _base_candidates(target: Target) -> Iterator[dict[str, int]]:
-    for outputs, inner, stages in ((64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 4)):
-        for split in (1, 2, 4):
-            programs = target.outputs / outputs * split
-            if target.inputs >= split * inner * stages and (120 <= programs <= 800 or split == 1):
-                yield {"outputs": outputs, "inner": inner, "stages": stages, "split": split}
+def _base_candidates(rows: int) -> Iterator[dict[str, int]]:
+    inputs = max(16, triton.next_power_of_2(min(rows, FLAT_ROWS)))
+    for outputs, inner, stages in product((64, 128), (64, 128), (3, 4, 5, 6)):
+        if 48 * 1024 <= 2 * inner * (outputs + inputs) * stages <= 110 * 1024:
+            yield {"outputs": outputs, "inner": inner, "stages": stages}
 
 
-def _sign_candidates(target: Target, rows: int) -> list[Config]:
-    found: list[Config] = []
-    for warps in (4, 8):
-        steps = -(-target.tiles[1] // warps)
-        for tiles, (resident, registers) in product((1, 2, 4), RESIDENT[warps]):
-            words = 4 * steps * tiles
-            if words >= 16 and words + 60 <= registers:
-                found.append(Config("signs", tiles=tiles, warps=warps, resident=resident, registers=registers))
-    return found
+def _sign_candidates(target: Target) -> list[Config]:
+    usual = signs_with(target, _SHARED_BYTES)
+    spreads = {usual.spread, min(usual.warps, 2 * usual.spread)}
+    found = [
+        replace(usual, spread=spread, tiles=usual.warps // spread, depth=depth, resident=resident)
+        for spread, depth, resident in product(sorted(spreads), (3, 4, 6, 8), (2, 3))
+    ]
+    return [c for c in found if 90 * 1024 <= c.resident * _bytes(c, target) <= 216 * 1024]
+
+
+def _bytes(config: Config, target: Target) -> int:
+    """Of signs in a program's shared memory."""
+    return (config.depth - 1) * config.tiles * target.tiles[1] * 512
 
 
 def settings(config: Config) -> dict[str, int | str | bool | None]:

@@ -13,21 +13,15 @@ import triton
 
 from kernels import launches
 from kernels.delta_linear import wide
-from kernels.delta_linear.choice import Config, Impl, choose, multiprocessors
-from kernels.delta_linear.triton_flat import flat_kernel
-from kernels.delta_linear.triton_items import sign_kernel
+from kernels.delta_linear.choice import Config, Impl, choose
+from kernels.delta_linear.triton_flat import flat_kernel, sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.delta_linear.triton_unpack import unpack_kernel
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
 
-__all__ = ["delta_linear", "partials_of", "split_of"]
-MOST_TURNS = 8
-"""Items that a program takes, one after another, at most, where base tiles run beside it"""
-
-
-def split_of(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> int:
-    """How many base partials the chosen configuration writes."""
-    return choose(target, rows, kinds, device).split
+__all__ = ["delta_linear", "partials_of"]
+UNPACKED_TILES = 4
+"""Of 16 outputs, of a program that unpacks signs"""
 
 
 def partials_of(
@@ -42,7 +36,8 @@ def partials_of(
 ) -> Partials:
     """Allocates what `delta_linear` writes. `width`: columns, where a variant may have more outputs than the base."""
     config, width = config or choose(target, rows, kinds, device), width or target.outputs
-    base_STN = torch.empty((config.split, rows, width), dtype=config.base_dtype(dtype), device=device)
+    shape = (config.split(target, width, device), rows, width)
+    base_STN = torch.empty(shape, dtype=config.base_dtype(dtype), device=device)
     delta_TN = torch.empty((rows, width), dtype=torch.float32, device=device) if has_deltas(kinds) else None
     return Partials(base_STN, delta_TN)
 
@@ -72,13 +67,13 @@ def delta_linear(
 
     Args:
         planes: of x, for this target; None where no kind has signs.
-        out: what `partials_of` or `split_of` and `Config.base_dtype` say.
+        out: what `partials_of` or `Config.split` and `Config.base_dtype` say.
         workspace: uint8, `wide.workspace_bytes`; used by low-rank parts only.
         impl, config: for tests and measurements; impl replaces the configuration's.
     """
     config = config or choose(target, x_TK.shape[0], kinds, x_TK.device)
     if impl:
-        config = replace(config, impl=impl, split=config.split if impl == "flat" else 1)
+        config = replace(config, impl=impl)
     _check(x_TK, planes, weight_NK, target, kinds, out, config)
     match config.impl:
         case "flat":
@@ -132,21 +127,15 @@ def _flat(
     out: Partials,
     config: Config,
 ) -> None:
-    rows, width = x_TK.shape[0], out.base_STN.shape[2]
-    span = triton.cdiv(target.inputs, config.split * config.inner) * config.inner
-    base_programs, sign_programs = triton.cdiv(width, config.outputs) * config.split, 0
-    blocks, first, second = member_blocks(target, width, kinds, config)
-    if kinds.signs:
-        sign_programs = programs(blocks * segments_G4.shape[0], config, x_TK)
+    rows, width, programs = x_TK.shape[0], out.base_STN.shape[2], config.programs(x_TK.device)
     pdl = launches.early(x_TK)
     words, scale, total, *strides = plane_arguments(planes if kinds.signs else None)
-    flat_kernel[(base_programs + sign_programs,)](
+    flat_kernel[(programs,)](
         x_TK, weight_NK, out.base_STN, *table_arguments(deltas, target), segments_G4, words, scale, total, *strides,
-        out.delta_TN, rows, target.outputs, width, span, base_programs, sign_programs, blocks,
-        first, second,
-        K=target.inputs, SPLIT=config.split, BN=config.outputs, BK=config.inner, STAGES=config.stages,
-        BT=max(16, triton.next_power_of_2(rows)), **sign_constants(target, rows, kinds, config, pdl),
-        **options(config, pdl),
+        out.delta_TN, rows, target.outputs, width, config.sharing(target, width, x_TK.device),
+        *member_tiles(target, width), K=target.inputs, SPLIT=out.base_STN.shape[0], BN=config.outputs,
+        BK=config.inner, STAGES=config.stages, BT=max(16, triton.next_power_of_2(rows)),
+        **sign_constants(target, rows, kinds, config, pdl), **options(config, pdl),
     )  # fmt: skip
 
 
@@ -161,12 +150,10 @@ def _signs(
 ) -> None:
     assert out.delta_TN is not None
     rows, width = out.delta_TN.shape
-    blocks, first, second = member_blocks(target, width, kinds, config)
     pdl = launches.early(out.delta_TN)
-    sign_kernel[(programs(blocks * segments_G4.shape[0], config, out.delta_TN),)](
-        *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN,
-        target.outputs, width, blocks, first, second, **sign_constants(target, rows, kinds, config, pdl),
-        **options(config, pdl),
+    sign_kernel[(config.programs(out.delta_TN.device),)](
+        *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN, target.outputs, width,
+        *member_tiles(target, width), **sign_constants(target, rows, kinds, config, pdl), **options(config, pdl),
     )  # fmt: skip
 
 
@@ -174,34 +161,30 @@ def _unpack(
     x_TK: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, kinds: Kinds, out: Partials
 ) -> None:
     assert out.delta_TN is not None
-    width, config = out.delta_TN.shape[1], Config("unpack", tiles=4)
-    blocks, first, second = member_blocks(target, width, kinds, config)
+    width = out.delta_TN.shape[1]
+    blocks, first, second = member_blocks(target, width, kinds, UNPACKED_TILES)
     unpack_kernel[(blocks, segments_G4.shape[0])](
         x_TK, *table_arguments(deltas, target), segments_G4, out.delta_TN, target.outputs, width, first, second,
-        2 * target.tiles[1], K=target.inputs, KB=target.tiles[1], TILES=config.tiles, ROWS=16, COLUMNS=kinds.columns,
+        2 * target.tiles[1], K=target.inputs, KB=target.tiles[1], TILES=UNPACKED_TILES, ROWS=16, COLUMNS=kinds.columns,
         MEMBERS=len(target.members) if kinds.columns else 1, MANY=kinds.planes > 1, num_warps=8,
     )  # fmt: skip
 
 
-def programs(items: int, config: Config, tensor: torch.Tensor) -> int:
-    """How many share so many items. By themselves all that run at once; among base tiles, which end at different times,
-    twice as many or more."""
-    at_once = config.resident * multiprocessors(tensor.device)
-    if config.impl == "signs":
-        return min(items, at_once)
-    return triton.cdiv(items, min(MOST_TURNS, max(1, items // (2 * at_once))))
+def member_tiles(target: Target, width: int) -> tuple[int, int]:
+    """The first tiles of the second and third member, all where there are none."""
+    assert len(target.members) <= 3, f"{len(target.members)} members, kernels take 3"
+    first, second = [*(start // 16 for start in target.members[1:]), *[triton.cdiv(width, 16)] * 2][:2]
+    return first, second
 
 
-def member_blocks(target: Target, width: int, kinds: Kinds, config: Config) -> tuple[int, int, int]:
-    """How many blocks of tiles there are, and the first tiles of the second and third member.
+def member_blocks(target: Target, width: int, kinds: Kinds, tiles: int) -> tuple[int, int, int]:
+    """How many blocks of so many tiles there are, and the first tiles of the second and third member.
 
     Members matter only where they have column scales of their own.
     """
-    last, block = triton.cdiv(width, 16), config.tiles
+    last = triton.cdiv(width, 16)
     starts = [start // 16 for start in target.members] if kinds.columns else [0]
-    assert len(starts) <= 3, f"{len(starts)} members, kernels take 3"
-    ends = [*starts[1:], last]
-    blocks = sum(triton.cdiv(end - start, block) for start, end in zip(starts, ends, strict=True))
+    blocks = sum(triton.cdiv(end - start, tiles) for start, end in zip(starts, [*starts[1:], last], strict=True))
     first, second = ([*starts[1:], last, last])[:2]
     return blocks, first, second
 
@@ -218,6 +201,8 @@ def sign_constants(target: Target, rows: int, kinds: Kinds, config: Config, pdl:
     return {
         "KB": target.tiles[1],
         "TILES": config.tiles,
+        "SPREAD": config.spread,
+        "DEPTH": config.depth,
         "WARPS": config.warps,
         "MEMBERS": len(target.members) if kinds.columns else 1,
         "COLUMNS": kinds.columns,
@@ -248,7 +233,8 @@ def _check(
     assert weight_NK.is_contiguous()
     assert weight_NK.shape == (target.outputs, target.inputs) == (target.outputs, x_TK.shape[1])
     assert base.is_contiguous()
-    assert base.shape[:2] == (config.split, rows), f"base partials {list(base.shape)}, {config.split} of {rows} rows"
+    split = config.split(target, base.shape[2], x_TK.device)
+    assert base.shape[:2] == (split, rows), f"base partials {list(base.shape)}, {split} of {rows} rows"
     assert base.shape[2] >= target.outputs
     assert base.dtype == config.base_dtype(x_TK.dtype), f"base partials of {base.dtype} for {config.impl}"
     assert has_deltas(kinds) == (out.delta_TN is not None), "delta partials are there if and only if there are deltas"

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from kernels import fragments
-from kernels.delta_linear.triton_items import sign_kernel
+from kernels.delta_linear.triton_flat import sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Target, segment_table
 from kernels.planes import planes_reference, values
@@ -44,7 +44,7 @@ def self_check(device: torch.device) -> SelfCheck:
         return SelfCheck(
             False, f"capability {capability[0]}.{capability[1]} has no binary tensor core: signs are unpacked"
         )
-    error = max(product_error(device, tiles, warps) for tiles, warps in ((1, 4), (2, 4), (2, 8)))
+    error = max(product_error(device, *shape) for shape in ((4, 1, 4), (2, 4, 4), (4, 4, 8)))
     if not error <= TOLERANCE:
         return SelfCheck(False, f"binary tensor core is off by {error:.1e} of the products' size: signs are unpacked")
     return SelfCheck(True, f"binary tensor core: error {error:.1e} of the products' size")
@@ -55,7 +55,7 @@ def native_b1(capability: tuple[int, int]) -> bool:
     return (8, 0) <= capability < (10, 0)
 
 
-def product_error(device: torch.device, tiles: int, warps: int) -> float:
+def product_error(device: torch.device, tiles: int, spread: int, warps: int) -> float:
     """Largest error of the sign kernel with such tiles as a share of the products' root mean square; NaN if any is."""
     gen = torch.Generator().manual_seed(torch.seed() % 2**32)
     target = Target(0, 72, 2 * 256 * warps - 300)
@@ -65,11 +65,10 @@ def product_error(device: torch.device, tiles: int, warps: int) -> float:
     planes = planes_reference(torch.randn(1, _ROWS, target.inputs, generator=gen).to(device))
     segments = torch.tensor(segment_table(_SEGMENTS), dtype=torch.int32, device=device)
     out_TN = torch.full((_ROWS, target.outputs), torch.nan, device=device)
-    blocks = -(-target.outputs // (16 * tiles))
-    sign_kernel[(blocks,)](
+    sign_kernel[(2,)](
         *table_arguments(deltas, target), segments, planes.words_CTW, planes.scale_CT, planes.sum_CT, 0, 0, out_TN,
-        target.outputs, target.outputs, blocks, 0, 0, KB=target.tiles[1], TILES=tiles, WARPS=warps, MEMBERS=1,
-        COLUMNS=False, MANY=False, LONGEST=8, PDL=False, num_warps=warps,
+        target.outputs, target.outputs, 0, 0, KB=target.tiles[1], TILES=tiles, SPREAD=spread, DEPTH=3, WARPS=warps,
+        MEMBERS=1, COLUMNS=False, MANY=False, LONGEST=8, PDL=False, num_warps=warps,
     )  # fmt: skip
     x_TK = values(planes, target.inputs)[0].double().cpu()
     bits = (sign_VNk[..., None] >> torch.arange(8)) & 1

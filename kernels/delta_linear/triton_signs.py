@@ -6,12 +6,13 @@ q = sum_p 2^p plane_p - 2^16 plane_15, sum +-q = 2 sum_p weight_p popcount(b & p
 
 The 8 columns are R rows x 8 / R planes, so that 1, 4 and 8 rows of one variant cost 2, 8 and 16 instructions a tile,
 without waste. From 4 on, planes are taken from the highest down and the sums doubled in between (Horner), so that a few
-registers hold the rows' products and nothing is summed over lanes. About 8 rows of one variant cost as much time as
-reading its signs; more of them reuse the signs in registers.
+registers hold the rows' products and nothing is summed over lanes.
 
-An item is TILES tiles of 16 outputs of one segment, all of K, which a program's warps share out. All of its signs are
-asked for before anything waits for them: what keeps the memory busy is how many bytes all programs wait for at a time
-(`triton_items`).
+Signs stream: a program goes over its tiles in a loop that the compiler pipelines, so that asynchronous copies of later
+tiles to shared memory are under way while these are multiplied. The planes of its rows stay in registers all the while.
+A tile's columns are shared by SPREAD warps: one where a warp's registers hold all planes of a row, all of them where
+there are several rows. What not even these hold is multiplied in PARTS, one loop after the other; the sums of later
+parts are added to what is there. (`triton_share` says which tiles a program has.)
 
 Not covered: chips whose `mma.b1` is emulated or gone (`triton_unpack`). `xor.popc`, which would save the identity
 above, is emulated everywhere from 9.0 on.
@@ -37,7 +38,7 @@ _OPERANDS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 8 + [str(i) for i in rang
 
 @triton.jit
 def multiply(signs, planes, low, high):
-    """low += signs x the first two words of planes, high += signs x the last two; int32 [TILES, WARPS * 128], of which
+    """low += signs x the first two words of planes, high += signs x the last two; int32 [TILES, SPREAD * 128], of which
     a lane holds 4 words that follow each other. Never pure: the compiler may not move it out of a uniform flow."""
     return tl.inline_asm_elementwise(
         _MMA, _OPERANDS, [signs, planes, low, high], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
@@ -45,36 +46,44 @@ def multiply(signs, planes, low, high):
 
 
 @triton.jit
-def load_signs(at, tile, tiles, KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """A tuple of int32 [TILES, WARPS * 128], one for each step along K; anything where K has ended, or where the first
-    tile is not among the tiles. Tiles beyond the last repeat it."""
-    e = tl.arange(0, WARPS * 128)[None, :]
-    t = tl.minimum(tile + tl.arange(0, TILES), tiles - 1)[:, None].to(tl.int64)
-    room = tl.where(tile < tiles, KB * 128, 0)
-    signs = ()
-    for s in tl.static_range((KB + WARPS - 1) // WARPS):
-        words = at + t * (KB * 128) + (s * WARPS * 128 + e)
-        inside = (e < room - s * WARPS * 128) & (t >= 0)
-        signs = signs + (tl.load(words, mask=inside, eviction_policy="evict_first"),)
-    return signs
-
-
-@triton.jit
-def load_planes(WORDS, first, stop, p, KB: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
-    """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS, for all steps along K; rows beyond
-    the last repeat it."""
-    e = tl.arange(0, WARPS * 128)
+def load_planes(
+    WORDS, first, stop, p,
+    KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS: STEPS of int32 [1, SPREAD * 128],
+    blocks of columns from FROM on, zero beyond the last. Rows beyond the last repeat it."""
+    e = tl.arange(0, SPREAD * 128)
     column = e // 16 % 8
     row = tl.minimum(first + column % ROWS, stop - 1)
     words = WORDS + row * (KB * 128) + e // 128 * 128 + (column // ROWS * ROWS + p) * 16 + e % 16
     planes = ()
-    for s in tl.static_range((KB + WARPS - 1) // WARPS):
-        if (s + 1) * WARPS <= KB:
-            planes = planes + (tl.load(words + s * WARPS * 128)[None, :],)
+    for s in tl.static_range(STEPS):
+        if FROM + (s + 1) * SPREAD <= KB:
+            found = tl.load(words + (FROM + s * SPREAD) * 128)
         else:
-            inside = e < (KB - s * WARPS) * 128
-            planes = planes + (tl.load(words + s * WARPS * 128, mask=inside, other=0)[None, :],)
+            found = tl.load(words + (FROM + s * SPREAD) * 128, mask=e < (KB - FROM - s * SPREAD) * 128, other=0)
+        planes = planes + (found[None, :],)
     return planes
+
+
+@triton.jit
+def load_signs(
+    at, inside, KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """STEPS of int32 [TILES, SPREAD * 128]. Where columns have ended planes are zero, and signs do not matter.
+
+    Args:
+        at: pointers [TILES, SPREAD * 128] to the signs of the first block of columns. inside: [TILES, 1].
+    """
+    signs = ()
+    e = tl.arange(0, SPREAD * 128)[None, :]
+    for s in tl.static_range(STEPS):
+        mask = inside
+        if FROM + (s + 1) * SPREAD > KB:
+            mask = mask & (e < (KB - FROM - s * SPREAD) * 128)
+        found = tl.load(at + (FROM + s * SPREAD) * 128, mask=mask, other=0, eviction_policy="evict_first")
+        signs = signs + (found,)
+    return signs
 
 
 @triton.jit
@@ -85,88 +94,43 @@ def _multiply_all(signs, planes, low, high, TILES: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def sums(
-    signs, planes, WORDS, first, stop,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """sum_k b[n, k] q[row, k]: int32 [ROWS, TILES * 16], of one group's tiles.
+def sums(signs, planes, TILES: tl.constexpr, SPREAD: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr):
+    """sum_k b[n, k] q[row, k]: int32 in the shape of `places`.
 
     Args:
-        planes: the highest, `load_planes` of ROWS - 1.
+        planes: one `load_planes` after another, of p from 0 to ROWS - 1.
     """
-    WIDTH: tl.constexpr = WARPS * 128
-    STEPS: tl.constexpr = (KB + WARPS - 1) // WARPS
+    WIDTH: tl.constexpr = SPREAD * 128
     low = tl.zeros((TILES, WIDTH), tl.int32)
     high = tl.zeros((TILES, WIDTH), tl.int32)
     e = tl.arange(0, WIDTH)[None, :]
     column = e // 4 % 4 * 2 + e % 2
     weight = 1 << (column // ROWS * ROWS)
     if ROWS == 1:
-        low, high = _multiply_all(signs, planes, low, high, TILES, WIDTH, STEPS)
+        low, high = _multiply_all(signs, planes[0], low, high, TILES, WIDTH, STEPS)
         total = low * weight + high * tl.where(column == 7, -32768, weight * 256)
+        lanes = tl.sum(tl.reshape(total, (TILES, SPREAD, 8, 4, 2, 2)), 5)
+        found = tl.reshape(tl.sum(tl.sum(lanes, 3), 1), (TILES, 8, 1, 2, 1))
     else:
-        low, high = _multiply_all(signs, planes, low, high, TILES, WIDTH, STEPS)
+        low, high = _multiply_all(signs, planes[ROWS - 1], low, high, TILES, WIDTH, STEPS)
         high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
-        following = load_planes(WORDS, first, stop, ROWS - 2, KB, WARPS, ROWS)
-        for left in range(ROWS - 2, -1, -1):
-            planes = following
-            following = load_planes(WORDS, first, stop, tl.maximum(left - 1, 0), KB, WARPS, ROWS)
-            low, high = _multiply_all(signs, planes, low + low, high + high, TILES, WIDTH, STEPS)
+        for left in tl.static_range(ROWS - 1):
+            low, high = _multiply_all(signs, planes[ROWS - 2 - left], low + low, high + high, TILES, WIDTH, STEPS)
         total = (low + high * 256) * weight
-    return _gather(total, TILES, WARPS, ROWS)
+        lanes = tl.reshape(total, (TILES, SPREAD, 8, 8 // ROWS, ROWS // 2, 2, 2))
+        found = tl.sum(tl.sum(lanes, 3), 1)
+    return found
 
 
 @triton.jit
-def _gather(total, TILES: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
-    """From an accumulator's fragments to [ROWS, TILES * 16]: sums over warps and over the planes of a row."""
+def places(ROWS: tl.constexpr):
+    """(row, output) of the elements of `sums` of one tile, in shapes that broadcast to [TILES, 8, ROWS / 2, 2, 2] (of
+    one row: [TILES, 8, 1, 2, 1])."""
+    g = tl.arange(0, 8)[None, :, None, None, None]
+    half = tl.arange(0, 2)[None, None, None, :, None]
     if ROWS == 1:
-        lanes = tl.sum(tl.reshape(total, (TILES, WARPS, 8, 4, 2, 2)), 5)
-        rows = tl.permute(tl.sum(tl.sum(lanes, 3), 1), (0, 2, 1))  # TILES, half, g
-    elif ROWS == 4:
-        lanes = tl.sum(tl.reshape(total, (TILES, WARPS, 8, 2, 2, 2, 2)), 3)
-        rows = tl.permute(tl.sum(lanes, 1), (2, 4, 0, 3, 1))  # pair of rows, row of the pair, TILES, half, g
+        row = tl.zeros((1, 1, 1, 1, 1), tl.int32)
     else:
-        lanes = tl.reshape(total, (TILES, WARPS, 8, 4, 2, 2))
-        rows = tl.permute(tl.sum(lanes, 1), (2, 4, 0, 3, 1))
-    return tl.reshape(rows, (ROWS, TILES * 16))
-
-
-@triton.jit
-def store_rows(
-    sums, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane,
-    MANY: tl.constexpr,
-):  # fmt: skip
-    """OUT[row, n] = (2 sums - sum q) scale[row] scale[n]; planes after the first add to what is there.
-
-    Args:
-        n: output of each column of sums. outputs: how many the variant has; zeros follow, up to `limit`.
-        width: columns of OUT.
-        zero: of each output, for the first plane. MANY: whether a variant may have several planes.
-    """
-    y = (2 * sums - x_sum[:, None]).to(tl.float32) * (x_scale[:, None] * scale[None, :])
-    at = OUT + row[:, None].to(tl.int64) * width + n[None, :]
-    if MANY:
-        y += zero[None, :] * (x_sum.to(tl.float32) * x_scale)[:, None]
-        later = (row[:, None] < stop) & (n[None, :] < tl.where(plane > 0, limit, 0))
-        y += tl.load(at, mask=later, other=0.0)
-    tl.store(at, tl.where(n[None, :] < outputs, y, 0.0), mask=(row[:, None] < stop) & (n[None, :] < limit))
-
-
-@triton.jit
-def _row_values(XSCALE, XSUM, first, stop, ROWS: tl.constexpr):
-    there = tl.minimum(first + tl.arange(0, ROWS), stop - 1)
-    return tl.load(XSCALE + there), tl.load(XSUM + there)
-
-
-@triton.jit
-def some_rows(
-    signs, WORDS, XSCALE, XSUM, OUT, first, stop, tile, outputs, limit, width, scale, zero, plane,
-    KB: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Rows first .. first + ROWS of an item of one plane, as far as stop."""
-    x_scale, x_sum = _row_values(XSCALE, XSUM, first, stop, ROWS)
-    planes = load_planes(WORDS, first, stop, ROWS - 1, KB, WARPS, ROWS)
-    found = sums(signs, planes, WORDS, first, stop, KB, TILES, WARPS, ROWS)
-    row = first + tl.arange(0, ROWS)
-    n = tile * 16 + tl.arange(0, TILES * 16)
-    store_rows(found, OUT, row, stop, n, outputs, limit, width, scale, x_scale, x_sum, zero, plane, MANY)
+        pair = tl.arange(0, ROWS // 2)[None, None, :, None, None]
+        row = pair * 2 + tl.arange(0, 2)[None, None, None, None, :]
+    return row, g + 8 * half

@@ -14,8 +14,26 @@ import triton
 import triton.language as tl
 
 from kernels.delta_linear import triton_parts as parts
-from kernels.delta_linear.triton_items import member_of
 from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
+
+
+@triton.jit
+def member_of(block, M1, M2, tiles, MEMBERS: tl.constexpr, BLOCK: tl.constexpr):
+    """(member, first tile, tile after the member's last) of a block of BLOCK tiles; none has tiles of two members.
+
+    Args:
+        M1, M2: first tiles of the second and third member, `tiles` where there are none. tiles: of all.
+    """
+    member, tile, stop = block * 0, block * BLOCK, tiles
+    if MEMBERS > 1:
+        first = (M1 + BLOCK - 1) // BLOCK
+        second = (M2 - M1 + BLOCK - 1) // BLOCK
+        member = (block >= first).to(tl.int32) + (block >= first + second).to(tl.int32)
+        start = tl.where(member == 0, 0, tl.where(member == 1, M1, M2))
+        skipped = tl.where(member == 0, 0, tl.where(member == 1, first, first + second))
+        tile = start + (block - skipped) * BLOCK
+        stop = tl.where(member == 0, M1, tl.where(member == 1, M2, tiles))
+    return member, tile, stop
 
 
 @triton.jit

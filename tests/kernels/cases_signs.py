@@ -10,10 +10,11 @@ from kernels.device import Kinds, Planes, Target
 from tests.kernels.compile_harness import Case
 from tests.kernels.meta import ints, meta, tables
 
-SIGNS = Kinds(signs=True)
+SIGNS, SINGLE = Kinds(signs=True), Kinds(signs=True, single=True)
 COLUMNS = Kinds(signs=True, columns=True, planes=2)
 QKV, DOWN = Target(1, 12288, 4096, (0, 4096, 8192)), Target(1, 4096, 11008)
-BMMA = {80: ("BMMA.168256.AND.POPC", "LDG.E.*128"), 90: ("BMMA.168256.AND.POPC", "LDG.E.*128")}
+STREAMED = ("BMMA.168256.AND.POPC", "LDGSTS.*128", "LDS.128")
+BMMA = {80: STREAMED, 90: STREAMED}
 FLAT = {80: (*BMMA[80], "HMMA.16816"), 90: (*BMMA[90], "HGMMA")}
 
 
@@ -30,7 +31,9 @@ def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None
 CASES = [
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
     Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "UBLKPF", "ACQBULK")}),
+    Case("linear flat 12288x4096 T64 single", lambda: linear(QKV, 64, SINGLE), FLAT),
     Case("linear flat 4096x11008 T64", lambda: linear(DOWN, 64, SIGNS), FLAT),
+    Case("linear flat 4096x11008 T16 single", lambda: linear(DOWN, 16, SINGLE), FLAT),
     Case("linear base 12288x4096 T8", lambda: linear(QKV, 8, Kinds()), {80: ("HMMA.16816",), 90: ("HGMMA",)}),
     Case("linear signs 12288x4096 T256 columns", lambda: linear(QKV, 256, COLUMNS), BMMA),
     # Short loops of a known length are where products got lost.

@@ -17,8 +17,9 @@ from kernels.planes import prepare_planes
 from tests.kernels.b1 import emulated, mma
 from tests.kernels.device_harness import DEVICE, DTYPES, ENTRIES, MIXES, Rows, World, poisoned, rows, world
 
-FLAT = Config("flat", split=2, outputs=64, inner=32, stages=2, tiles=2)
-TWO = Config("signs", tiles=2)
+FLAT = Config("flat", outputs=64, inner=32, stages=2, depth=2, resident=3)
+TWO = Config("signs", tiles=2, spread=2, depth=3)
+WIDE = Config("signs", tiles=4, spread=4, warps=8, resident=5)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def run(
     if kinds.signs:
         prepare_planes(x, planes, target, made.deltas, batch.entry_T, kinds, parts=2)
     out = Partials(
-        poisoned((config.split, count, width), config.base_dtype(x.dtype)),
+        poisoned((config.split(target, width, DEVICE), count, width), config.base_dtype(x.dtype)),
         poisoned((count, width), torch.float32) if kinds != Kinds() else None,
     )
     workspace = torch.empty(wide.workspace_bytes(target, count, kinds, x.dtype), dtype=torch.uint8, device=DEVICE)
@@ -128,7 +129,7 @@ def test_every_kind_in_one_batch(config: Config, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lengths", [[1], [1, 3], [4], [2, 1, 5, 8, 9], [33]], ids=str)
 @pytest.mark.parametrize(
-    "config", [TWO, replace(TWO, warps=8, tiles=1, resident=2), Config("unpack")], ids=["signs", "fewer", "unpack"]
+    "config", [TWO, WIDE, Config("unpack")], ids=["signs", "wide", "unpack"]
 )
 def test_segments_of_every_length(lengths: list[int], config: Config) -> None:
     """Kernels take one, four or eight rows of a variant at a time."""
@@ -144,8 +145,8 @@ def test_settings_do_not_change_a_bit() -> None:
     batch = rows([1, 2, 3, 3, 3, 3, 3])
     x = activations(7, 260, torch.float32)
     results = [
-        run(made, target, batch, x, Config("signs", tiles=tiles, resident=resident, warps=warps))[1].delta_TN
-        for tiles, resident, warps in ((1, 1, 4), (4, 1, 4), (1, 2, 8))
+        run(made, target, batch, x, Config("signs", tiles=a, spread=b, warps=c, resident=d))[1].delta_TN
+        for a, b, c, d in ((1, 4, 4, 1), (4, 1, 4, 7), (2, 8, 8, 2))
     ]
     assert results[0] is not None
     for result in results[1:]:
@@ -211,9 +212,9 @@ def test_self_check_on_the_device() -> None:
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="breaks the interpreter's mma")
 def test_self_check_sees_wrong_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert product_error(DEVICE, tiles=2, warps=4) <= TOLERANCE
+    assert product_error(DEVICE, 4, 1, 4) <= TOLERANCE
     monkeypatch.setattr("tests.kernels.b1.mma", lambda a, b, c: mma(a[..., ::-1], b, c))
-    assert not product_error(DEVICE, tiles=2, warps=4) <= 1e-2
+    assert not product_error(DEVICE, 4, 1, 4) <= 1e-2
 
 
 @pytest.mark.gpu

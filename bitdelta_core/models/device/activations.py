@@ -118,7 +118,7 @@ def _take_partials(
     arena: WorkArena, shapes: Shapes, target: Target, rows: int, kinds: Kinds, width: int | None = None
 ) -> Partials:
     config, width = choose(target, rows, kinds, shapes.device), width or target.outputs
-    base_STN = arena.take((config.split, rows, width), config.base_dtype(shapes.dtype))
+    base_STN = arena.take((config.split(target, width, shapes.device), rows, width), config.base_dtype(shapes.dtype))
     return Partials(base_STN, arena.take((rows, width), torch.float32) if has_deltas(kinds) else None)
 
 
