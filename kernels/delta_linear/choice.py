@@ -169,19 +169,21 @@ def _sign_part(config: Config) -> dict[str, int | None]:
 
 def _base_candidates(rows: int) -> Iterator[dict[str, int]]:
     inputs = max(16, triton.next_power_of_2(min(rows, FLAT_ROWS)))
-    for outputs, inner, stages in product((64, 128), (64, 128), (3, 4, 5, 6)):
-        if 48 * 1024 <= 2 * inner * (outputs + inputs) * stages <= 110 * 1024:
+    for outputs, inner in product((64, 128), (64, 128)):
+        stages = min(6, _SHARED_BYTES // (2 * inner * (outputs + inputs)))
+        if stages > 1:
             yield {"outputs": outputs, "inner": inner, "stages": stages}
 
 
 def _sign_candidates(target: Target) -> list[Config]:
-    usual = signs_with(target, _SHARED_BYTES)
-    spreads = {usual.spread, min(usual.warps, 2 * usual.spread)}
-    found = [
-        replace(usual, spread=spread, tiles=usual.warps // spread, depth=depth, resident=resident)
-        for spread, depth, resident in product(sorted(spreads), (3, 4, 6, 8), (2, 3))
-    ]
-    return [c for c in found if 90 * 1024 <= c.resident * _bytes(c, target) <= 216 * 1024]
+    usual, found = signs_with(target, _SHARED_BYTES), []
+    for spread, steps, resident in product(sorted({usual.spread, usual.warps}), (1, 2, 4), (2, 3)):
+        config = replace(usual, spread=spread, tiles=steps * usual.warps // spread, resident=resident)
+        each = _bytes(replace(config, depth=2), target)
+        depth = 1 + 200 * 1024 // (resident * each)
+        if 3 <= depth <= 9 and (steps == 1 or spread == usual.warps):
+            found.append(replace(config, depth=depth))
+    return found
 
 
 def _bytes(config: Config, target: Target) -> int:

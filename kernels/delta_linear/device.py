@@ -132,10 +132,10 @@ def _flat(
     words, scale, total, *strides = plane_arguments(planes if kinds.signs else None)
     flat_kernel[(programs,)](
         x_TK, weight_NK, out.base_STN, *table_arguments(deltas, target), segments_G4, words, scale, total, *strides,
-        out.delta_TN, rows, target.outputs, width, config.sharing(target, width, x_TK.device),
-        *member_tiles(target, width), K=target.inputs, SPLIT=out.base_STN.shape[0], BN=config.outputs,
-        BK=config.inner, STAGES=config.stages, BT=max(16, triton.next_power_of_2(rows)),
-        **sign_constants(target, rows, kinds, config, pdl), **options(config, pdl),
+        out.delta_TN, rows, target.outputs, width, *member_tiles(target, width),
+        SHARING=config.sharing(target, width, x_TK.device), K=target.inputs, SPLIT=out.base_STN.shape[0],
+        BN=config.outputs, BK=config.inner, STAGES=config.stages, BT=max(16, triton.next_power_of_2(rows)),
+        **sign_constants(target, rows, kinds, config, programs, pdl), **options(config, pdl),
     )  # fmt: skip
 
 
@@ -150,10 +150,10 @@ def _signs(
 ) -> None:
     assert out.delta_TN is not None
     rows, width = out.delta_TN.shape
-    pdl = launches.early(out.delta_TN)
-    sign_kernel[(config.programs(out.delta_TN.device),)](
+    pdl, programs = launches.early(out.delta_TN), config.programs(out.delta_TN.device)
+    sign_kernel[(programs,)](
         *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN, target.outputs, width,
-        *member_tiles(target, width), **sign_constants(target, rows, kinds, config, pdl), **options(config, pdl),
+        *member_tiles(target, width), **sign_constants(target, rows, kinds, config, programs, pdl), **options(config, pdl),
     )  # fmt: skip
 
 
@@ -197,8 +197,11 @@ def plane_arguments(planes: Planes | None) -> list[torch.Tensor | int | None]:
     return [*tensors, planes.words_CTW.stride(0), planes.scale_CT.stride(0)]
 
 
-def sign_constants(target: Target, rows: int, kinds: Kinds, config: Config, pdl: bool) -> Mapping[str, int]:
+def sign_constants(
+    target: Target, rows: int, kinds: Kinds, config: Config, programs: int, pdl: bool
+) -> Mapping[str, int]:
     return {
+        "PROGRAMS": programs,
         "KB": target.tiles[1],
         "TILES": config.tiles,
         "SPREAD": config.spread,

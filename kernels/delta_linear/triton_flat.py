@@ -25,48 +25,49 @@ from kernels.delta_linear.triton_share import base_share, prefetch_base, prefetc
 @triton.jit
 def flat_kernel(
     X, W, BASE, SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, DELTA,
-    T, N, width, base_programs, M1, M2,
-    K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+    T, N, width, M1, M2,
+    PROGRAMS: tl.constexpr, SHARING: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
     KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
     MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid [programs], of which the first base_programs have a share of the base."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    """Grid [PROGRAMS], of which the first SHARING have a share of the base."""
+    program = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
-        if program < base_programs:
-            prefetch_base(W, program, base_programs, N, width, K, BN, BK, STAGES)
+        if program < SHARING:
+            prefetch_base(W, program, N, width, SHARING, K, BN, BK, STAGES)
         if WORDS is not None:
-            prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, programs, N, width, KB, TILES, 1)
+            prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES, 1)
         gdc_wait()
     if WORDS is None:
-        base_share(X, W, BASE, program, base_programs, T, N, width, K, SPLIT, BN, BK, BT, STAGES)
+        base_share(X, W, BASE, program, T, N, width, SHARING, K, SPLIT, BN, BK, BT, STAGES)
     else:
         for turn in range(2):
-            if (turn == 0) == (program * 2 < programs):
-                if program < base_programs:
-                    base_share(X, W, BASE, program, base_programs, T, N, width, K, SPLIT, BN, BK, BT, STAGES)
+            if (turn == 0) == (program * 2 < PROGRAMS):
+                if program < SHARING:
+                    base_share(X, W, BASE, program, T, N, width, SHARING, K, SPLIT, BN, BK, BT, STAGES)
             else:
                 sign_share(
-                    SLAB, TABLE, table_stride, SEGMENTS, program, programs, WORDS, XSCALE, XSUM, words_stride,
+                    SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride,
                     scale_stride, DELTA, N, width, M1, M2,
-                    KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH,
+                    PROGRAMS, KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH,
                 )  # fmt: skip
 
 
 @triton.jit
 def sign_kernel(
     SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, N, width, M1, M2,
-    KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
+    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, DEPTH: tl.constexpr,
+    WARPS: tl.constexpr, MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The sign products alone. Grid [programs]."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    """The sign products alone. Grid [PROGRAMS]."""
+    program = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
-        prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, programs, N, width, KB, TILES, 1)
+        prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES, 1)
         gdc_wait()
     sign_share(
-        SLAB, TABLE, table_stride, SEGMENTS, program, programs, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
-        N, width, M1, M2, KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH,
+        SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
+        N, width, M1, M2, PROGRAMS, KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH,
     )  # fmt: skip

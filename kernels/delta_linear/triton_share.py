@@ -3,6 +3,8 @@
 Every program of a launch runs at the same time and has as much to do as any other. All tiles of all segments stand in a
 row, one segment after another, and each program takes a piece of that row: it crosses from one segment to the next a
 few times at most, and loads the planes of a segment's rows once.
+
+max(a - b, 0) is written max(a, b) - b: of the former the ptxas of Triton 3.6 made one instruction that added b.
 """
 
 # Triton's language is not Python's:
@@ -50,8 +52,9 @@ def program_of(one, programs, total):
 @triton.jit
 def _tiles(
     words, OUT, WORDS, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later,
-    KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr,
-    ROWS: tl.constexpr, MANY: tl.constexpr, BEGUN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
+    KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr,
+    SPREAD: tl.constexpr, ROWS: tl.constexpr, MANY: tl.constexpr, BEGUN: tl.constexpr, ENDS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT[row, n] = (2 sums - x_sum) scale[row] scale[n] of rows first .. first + ROWS, tiles tile .. end.
 
@@ -64,7 +67,7 @@ def _tiles(
     """
     planes = ()
     for p in tl.static_range(ROWS):
-        planes = planes + (load_planes(WORDS, first, stop, p, KB, FROM, STEPS, SPREAD, ROWS),)
+        planes = planes + (load_planes(WORDS, first, stop, p, KB, FROM, STEPS, COPIES, SPREAD, ROWS),)
     e = tl.arange(0, SPREAD * 128)[None, :]
     t = tl.arange(0, TILES)
     row, n_0 = places(ROWS)
@@ -98,8 +101,8 @@ def _tiles(
 @triton.jit
 def _rows(
     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
-    KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr, MANY: tl.constexpr,
-    STAGES: tl.constexpr,
+    KB: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
+    MANY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows first .. first + ROWS of one plane: in as many parts of K as their planes' registers ask for."""
     ALL: tl.constexpr = (KB + SPREAD - 1) // SPREAD
@@ -114,7 +117,7 @@ def _rows(
             tl.debug_barrier()  # it reads what other threads wrote
         _tiles(
             words, OUT, WORDS, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later,
-            KB, part * STEPS * SPREAD, STEPS, TILES, SPREAD, ROWS, MANY, part > 0, part == PARTS - 1, STAGES,
+            KB, part * STEPS * SPREAD, STEPS, TILES, COPIES, SPREAD, ROWS, MANY, part > 0, part == PARTS - 1, STAGES,
         )  # fmt: skip
 
 
@@ -125,10 +128,11 @@ def _plane(
     LONGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All rows of a segment, one plane. Several rows share all warps out along K, one by one tile."""
+    COPIES: tl.constexpr = 1 if SPREAD == WARPS else TILES
     if LONGEST == 1:
         _rows(
             words, OUT, WORDS, XSCALE, XSUM, start, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
-            KB, TILES, SPREAD, 1, MANY, STAGES,
+            KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
         )  # fmt: skip
     else:
         SHARED: tl.constexpr = 2 * TILES * SPREAD // WARPS
@@ -136,12 +140,12 @@ def _plane(
             if stop - first == 1:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, TILES, SPREAD, 1, MANY, STAGES,
+                    later, KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
                 )  # fmt: skip
             else:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, SHARED, WARPS, LONGEST, MANY, STAGES,
+                    later, KB, SHARED, 1, WARPS, LONGEST, MANY, STAGES,
                 )  # fmt: skip
             tl.debug_barrier()
 
@@ -200,8 +204,8 @@ def _segment_of(SEGMENTS, TABLE, table_stride, g, base_outputs):
 
 @triton.jit
 def base_share(
-    X, W, OUT, program, programs, T, N, width,
-    K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+    X, W, OUT, program, T, N, width,
+    PROGRAMS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x W^T of a program's share of all steps of BK along K of all tiles of BN outputs, a step after the other.
 
@@ -209,15 +213,16 @@ def base_share(
     and for n >= N.
 
     Args:
-        programs: at most as many as there are steps. SPLIT: the most that share a tile, or more.
+        PROGRAMS: at most as many as there are steps. SPLIT: the most that share a tile, or more.
     """
     STEPS: tl.constexpr = (K + BK - 1) // BK
     steps = (width + BN - 1) // BN * STEPS
-    lo, hi = range_of(program, programs, steps)
+    lo, hi = range_of(program, PROGRAMS, steps)
     t = tl.arange(0, BT)
     k = tl.arange(0, BK)
     for tile in range(lo // STEPS, (hi + STEPS - 1) // STEPS):
-        first, last = tl.maximum(lo - tile * STEPS, 0), tl.minimum(hi - tile * STEPS, STEPS)
+        before = tile * STEPS
+        first, last = tl.maximum(lo, before) - before, tl.minimum(hi - before, STEPS)  # see above
         n = tile * BN + tl.arange(0, BN)
         w_at = W + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + k[None, :]
         x_at = X + t[None, :] * K + k[:, None]
@@ -230,7 +235,7 @@ def base_share(
                 w = tl.load(w_at + done, mask=k[None, :] < K - done, other=0.0, eviction_policy="evict_first")
                 x = tl.load(x_at + done, mask=(t[None, :] < T) & (k[:, None] < K - done), other=0.0)
             y = tl.dot(w, x, y, input_precision="ieee")
-        sharing = program - program_of(tile * STEPS, programs, steps)
+        sharing = program - program_of(before, PROGRAMS, steps)
         at = OUT + (sharing * T + t)[None, :].to(tl.int64) * width + n[:, None]
         mask = (t[None, :] < T) & (n[:, None] < width)
         tl.store(at, tl.where(n[:, None] < N, y, 0.0), mask=mask)
@@ -242,12 +247,12 @@ def base_share(
 
 @triton.jit
 def prefetch_base(
-    W, program, programs, N, width,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
+    W, program, N, width,
+    PROGRAMS: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Ask for the first AHEAD steps of a program's share, as far as they are of one tile."""
     STEPS: tl.constexpr = (K + BK - 1) // BK
-    lo, _ = range_of(program, programs, (width + BN - 1) // BN * STEPS)
+    lo, _ = range_of(program, PROGRAMS, (width + BN - 1) // BN * STEPS)
     first = tl.minimum(lo % STEPS, tl.maximum(STEPS - AHEAD, 0))
     n = tl.minimum(lo // STEPS * BN + tl.arange(0, BN), N - 1)
     bytes_each: tl.constexpr = BK * W.dtype.element_ty.primitive_bitwidth // 8
@@ -258,12 +263,12 @@ def prefetch_base(
 
 @triton.jit
 def prefetch_signs(
-    SLAB, TABLE, table_stride, SEGMENTS, program, programs, base_outputs, width,
-    KB: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
+    SLAB, TABLE, table_stride, SEGMENTS, program, base_outputs, width,
+    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Ask for the first AHEAD * TILES tiles of a program's share."""
     tiles = (width + 15) // 16
-    lo, hi = range_of(program, programs, tl.load(SEGMENTS + 3) * tiles)
+    lo, hi = range_of(program, PROGRAMS, tl.load(SEGMENTS + 3) * tiles)
     if hi > lo:
         g = lo // tiles
         at, _, _, outputs = _segment_of(SEGMENTS, TABLE, table_stride, g, base_outputs)
@@ -276,15 +281,15 @@ def prefetch_signs(
 
 @triton.jit
 def sign_share(
-    SLAB, TABLE, table_stride, SEGMENTS, program, programs, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
+    SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
     base_outputs, width, M1, M2,
-    KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
+    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT[row, n] of the program's tiles of all segments' rows, zero where a variant has no signs.
 
     Args:
-        program, programs: which of how many share the tiles.
+        program, PROGRAMS: which of how many share the tiles.
         base_outputs, width: N of the base; columns of OUT, N or more.
         M1, M2: first tiles of the second and third member, all tiles where there are none. MEMBERS: 1 where COLUMNS
             is not set: members matter for column scales alone.
@@ -293,10 +298,11 @@ def sign_share(
         STAGES: Triton's: how many steps of TILES there are, at various stages.
     """
     tiles = (width + 15) // 16
-    lo, hi = range_of(program, programs, tl.load(SEGMENTS + 3) * tiles)
+    lo, hi = range_of(program, PROGRAMS, tl.load(SEGMENTS + 3) * tiles)
     for g in range(lo // tiles, (hi + tiles - 1) // tiles):
         at, start, stop, outputs = _segment_of(SEGMENTS, TABLE, table_stride, g, base_outputs)
-        tile, end = tl.maximum(lo - g * tiles, 0), tl.minimum(hi - g * tiles, tiles)
+        before = g * tiles
+        tile, end = tl.maximum(lo, before) - before, tl.minimum(hi - before, tiles)  # see above
         signed = tl.minimum(end, (outputs + 15) // 16)
         for member in range(MEMBERS):
             from_tile, to_tile = tile, signed

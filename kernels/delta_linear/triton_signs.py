@@ -48,21 +48,25 @@ def multiply(signs, planes, low, high):
 @triton.jit
 def load_planes(
     WORDS, first, stop, p,
-    KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
+    KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS: STEPS of int32 [1, SPREAD * 128],
-    blocks of columns from FROM on, zero beyond the last. Rows beyond the last repeat it."""
-    e = tl.arange(0, SPREAD * 128)
+    """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS: STEPS of int32
+    [COPIES, SPREAD * 128], blocks of columns from FROM on, zero beyond the last. Rows beyond the last repeat it.
+
+    COPIES: one, or one for each tile where each is another warp's: they would else pass from warp to warp."""
+    e = tl.arange(0, SPREAD * 128)[None, :]
+    t = tl.arange(0, COPIES)[:, None]
     column = e // 16 % 8
     row = tl.minimum(first + column % ROWS, stop - 1)
     words = WORDS + row * (KB * 128) + e // 128 * 128 + (column // ROWS * ROWS + p) * 16 + e % 16
+    words = tl.broadcast_to(words, (COPIES, SPREAD * 128))
     planes = ()
     for s in tl.static_range(STEPS):
-        if FROM + (s + 1) * SPREAD <= KB:
-            found = tl.load(words + (FROM + s * SPREAD) * 128)
-        else:
-            found = tl.load(words + (FROM + s * SPREAD) * 128, mask=e < (KB - FROM - s * SPREAD) * 128, other=0)
-        planes = planes + (found[None, :],)
+        inside = t >= 0
+        if FROM + (s + 1) * SPREAD > KB:
+            inside = inside & (e < (KB - FROM - s * SPREAD) * 128)
+        planes = planes + (tl.load(words + (FROM + s * SPREAD) * 128, mask=inside, other=0),)
     return planes
 
 
@@ -87,9 +91,9 @@ def load_signs(
 
 
 @triton.jit
-def _multiply_all(signs, planes, low, high, TILES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+def _multiply_all(signs, planes, low, high, STEPS: tl.constexpr):
     for s in tl.static_range(STEPS):
-        low, high = multiply(signs[s], tl.broadcast_to(planes[s], (TILES, WIDTH)), low, high)
+        low, high = multiply(signs[s], tl.broadcast_to(planes[s], low.shape), low, high)
     return low, high
 
 
@@ -107,15 +111,15 @@ def sums(signs, planes, TILES: tl.constexpr, SPREAD: tl.constexpr, STEPS: tl.con
     column = e // 4 % 4 * 2 + e % 2
     weight = 1 << (column // ROWS * ROWS)
     if ROWS == 1:
-        low, high = _multiply_all(signs, planes[0], low, high, TILES, WIDTH, STEPS)
+        low, high = _multiply_all(signs, planes[0], low, high, STEPS)
         total = low * weight + high * tl.where(column == 7, -32768, weight * 256)
         lanes = tl.sum(tl.reshape(total, (TILES, SPREAD, 8, 4, 2, 2)), 5)
         found = tl.reshape(tl.sum(tl.sum(lanes, 3), 1), (TILES, 8, 1, 2, 1))
     else:
-        low, high = _multiply_all(signs, planes[ROWS - 1], low, high, TILES, WIDTH, STEPS)
+        low, high = _multiply_all(signs, planes[ROWS - 1], low, high, STEPS)
         high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
         for left in tl.static_range(ROWS - 1):
-            low, high = _multiply_all(signs, planes[ROWS - 2 - left], low + low, high + high, TILES, WIDTH, STEPS)
+            low, high = _multiply_all(signs, planes[ROWS - 2 - left], low + low, high + high, STEPS)
         total = (low + high * 256) * weight
         lanes = tl.reshape(total, (TILES, SPREAD, 8, 8 // ROWS, ROWS // 2, 2, 2))
         found = tl.sum(tl.sum(lanes, 3), 1)
