@@ -27,7 +27,7 @@ from linear_cases import LIMIT, SIGNS, LinearCase, LinearRun, pool_of, weights_o
 from synthetic import SHAPES
 from tuning import best
 
-from kernels.delta_linear.choice import Config, candidates, key, settings
+from kernels.delta_linear.choice import Config, candidates, fitting, key, settings
 from kernels.device import Target
 
 BEST = 2
@@ -39,9 +39,9 @@ BASE_TILE = ("impl", "outputs", "inner", "stages")
 Times = Mapping[Config, float]
 
 
-def joined(tile: Config, signs: Config) -> Config:
-    """The base tiles of one and the sign products of the other."""
-    return replace(signs, **{name: getattr(tile, name) for name in BASE_TILE})
+def joined(tile: Config, signs: Config, rows: int) -> Config:
+    """The base tiles of one and the sign products of the other, as far as both fit."""
+    return fitting(replace(signs, **{name: getattr(tile, name) for name in BASE_TILE}), rows)
 
 
 def compile_one(case: LinearCase, config: Config) -> None:
@@ -71,7 +71,7 @@ class Search:
         flat = [c for c in found if c.impl == "flat"]
         if case is self.base:
             return flat
-        ranked = [c for c in flat if c == joined(flat[0], c)]
+        ranked = [c for c in flat if c == joined(flat[0], c, self.rows)]
         return [found[0], *(ranked or found[1:])]
 
     def second(self, base: Times, signs: Times) -> list[Config]:
@@ -80,7 +80,7 @@ class Search:
             return []
         chosen = [self.rule(self.signs), *best(signs, BEST)]
         tiles = [c for c in (*chosen, *best(base, BEST)) if c.impl == "flat"]
-        found = [joined(t, s) for t, s in product(tiles, chosen)]
+        found = [joined(t, s, self.rows) for t, s in product(tiles, chosen)]
         found += [replace(s, impl="signs") for s in chosen]
         return [c for c in dict.fromkeys(found) if c not in signs]
 

@@ -159,8 +159,14 @@ def candidates(target: Target, rows: int, kinds: Kinds) -> list[Config]:
     found = [chosen, replace(chosen, impl="signs")]
     if rows <= 2 * FLAT_ROWS:
         found += [flat, *(replace(flat, **base) for base in _base_candidates(rows))]
-        found += [replace(flat, **_sign_part(s)) for s in signs]
+        found += [fitting(replace(flat, **_sign_part(s)), rows) for s in signs]
     return list(dict.fromkeys(found + signs))
+
+
+def fitting(config: Config, rows: int) -> Config:
+    """With as many stages of base tiles as leave room for all programs of a multiprocessor of Hopper."""
+    step = 2 * config.inner * (config.outputs + max(16, triton.next_power_of_2(rows)))
+    return replace(config, stages=max(2, min(config.stages, 2 * _SHARED_BYTES // config.resident // step)))
 
 
 def _sign_part(config: Config) -> dict[str, int | None]:

@@ -68,6 +68,7 @@ def _tiles(
     planes = ()
     for p in tl.static_range(ROWS):
         planes = planes + (load_planes(WORDS, first, stop, p, KB, FROM, STEPS, COPIES, SPREAD, ROWS),)
+    CHAINS: tl.constexpr = 4 if COPIES == TILES and STEPS >= 4 else 2 if STEPS >= 2 else 1
     e = tl.arange(0, SPREAD * 128)[None, :]
     t = tl.arange(0, TILES)
     row, n_0 = places(ROWS)
@@ -76,7 +77,7 @@ def _tiles(
     for this in tl.range(tile, end, TILES, num_stages=STAGES):
         words_at = words + (this + t)[:, None].to(tl.int64) * (KB * 128) + e
         signs = load_signs(words_at, (this + t < end)[:, None], KB, FROM, STEPS, SPREAD)
-        found = sums(signs, planes, TILES, SPREAD, STEPS, ROWS)
+        found = sums(signs, planes, TILES, SPREAD, STEPS, ROWS, CHAINS)
         n = (this + t)[:, None, None, None, None] * 16 + n_0
         inside = n < tl.minimum(outputs, end * 16)
         at = row.to(tl.int64) * width + n
@@ -135,17 +136,21 @@ def _plane(
             KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
         )  # fmt: skip
     else:
-        SHARED: tl.constexpr = 2 * TILES * SPREAD // WARPS
         for first in range(start, stop, LONGEST):
             if stop - first == 1:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
                     later, KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
                 )  # fmt: skip
+            elif (LONGEST > 4) & (stop - first > 4):
+                _rows(
+                    words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
+                    later, KB, 1, 1, WARPS, LONGEST, MANY, STAGES,
+                )  # fmt: skip
             else:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, SHARED, 1, WARPS, LONGEST, MANY, STAGES,
+                    later, KB, 1, 1, WARPS, 4, MANY, STAGES,
                 )  # fmt: skip
             tl.debug_barrier()
 

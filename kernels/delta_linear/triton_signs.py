@@ -5,8 +5,7 @@ of 256 bits: bit planes of the rows' 16-bit fixed point (`kernels.device.Planes`
 q = sum_p 2^p plane_p - 2^16 plane_15, sum +-q = 2 sum_p weight_p popcount(b & plane_p) - sum q: exact in 32 bits.
 
 The 8 columns are R rows x 8 / R planes, so that 1, 4 and 8 rows of one variant cost 2, 8 and 16 instructions a tile,
-without waste. From 4 on, planes are taken from the highest down and the sums doubled in between (Horner), so that a few
-registers hold the rows' products and nothing is summed over lanes.
+without waste.
 
 Signs stream: a program goes over its tiles in a loop that the compiler pipelines, so that asynchronous copies of later
 tiles to shared memory are under way while these are multiplied. The planes of its rows stay in registers all the while.
@@ -91,35 +90,63 @@ def load_signs(
 
 
 @triton.jit
-def _multiply_all(signs, planes, low, high, STEPS: tl.constexpr):
-    for s in tl.static_range(STEPS):
-        low, high = multiply(signs[s], tl.broadcast_to(planes[s], low.shape), low, high)
-    return low, high
+def _begun(shape: tl.constexpr, COUNT: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros(shape, tl.int32),)
+    return zeros
 
 
 @triton.jit
-def sums(signs, planes, TILES: tl.constexpr, SPREAD: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr):
+def _one_row(signs, planes, STEPS: tl.constexpr, CHAINS: tl.constexpr):
+    """Sums of the products with planes 0 to 7, and with 8 to 15. A product waits long for the one that it adds to: so
+    every CHAINS-th is added up by itself."""
+    low, high = _begun(signs[0].shape, CHAINS), _begun(signs[0].shape, CHAINS)
+    for s in tl.static_range(STEPS):
+        lower, higher = multiply(signs[s], tl.broadcast_to(planes[0][s], signs[s].shape), low[0], high[0])
+        low, high = low[1:] + (lower,), high[1:] + (higher,)
+    lower, higher = low[0], high[0]
+    for i in tl.static_range(1, CHAINS):
+        lower, higher = lower + low[i], higher + high[i]
+    return lower, higher
+
+
+@triton.jit
+def _several_rows(signs, planes, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    """Sums over planes p, p + ROWS and so on below 8, times 2^p; and the same from 8 on, the highest planes negative."""
+    low, high = _begun(signs[0].shape, ROWS), _begun(signs[0].shape, ROWS)
+    for s in tl.static_range(STEPS):
+        for p in tl.static_range(ROWS):
+            lower, higher = multiply(signs[s], tl.broadcast_to(planes[p][s], signs[s].shape), low[0], high[0])
+            low, high = low[1:] + (lower,), high[1:] + (higher,)
+    e = tl.arange(0, signs[0].shape[1])[None, :]
+    highest = (e // 4 % 4 * 2 + e % 2) // ROWS == 8 // ROWS - 1
+    lower, higher = low[ROWS - 1], tl.where(highest, -high[ROWS - 1], high[ROWS - 1])
+    for i in tl.static_range(ROWS - 1):
+        lower, higher = lower * 2 + low[ROWS - 2 - i], higher * 2 + high[ROWS - 2 - i]
+    return lower, higher
+
+
+@triton.jit
+def sums(
+    signs, planes,
+    TILES: tl.constexpr, SPREAD: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, CHAINS: tl.constexpr,
+):  # fmt: skip
     """sum_k b[n, k] q[row, k]: int32 in the shape of `places`.
 
     Args:
         planes: one `load_planes` after another, of p from 0 to ROWS - 1.
     """
-    WIDTH: tl.constexpr = SPREAD * 128
-    low = tl.zeros((TILES, WIDTH), tl.int32)
-    high = tl.zeros((TILES, WIDTH), tl.int32)
-    e = tl.arange(0, WIDTH)[None, :]
+    e = tl.arange(0, SPREAD * 128)[None, :]
     column = e // 4 % 4 * 2 + e % 2
     weight = 1 << (column // ROWS * ROWS)
     if ROWS == 1:
-        low, high = _multiply_all(signs, planes[0], low, high, STEPS)
+        low, high = _one_row(signs, planes, STEPS, CHAINS)
         total = low * weight + high * tl.where(column == 7, -32768, weight * 256)
         lanes = tl.sum(tl.reshape(total, (TILES, SPREAD, 8, 4, 2, 2)), 5)
         found = tl.reshape(tl.sum(tl.sum(lanes, 3), 1), (TILES, 8, 1, 2, 1))
     else:
-        low, high = _multiply_all(signs, planes[ROWS - 1], low, high, STEPS)
-        high = tl.where(column // ROWS == 8 // ROWS - 1, -high, high)  # plane 15 counts -2^15
-        for left in tl.static_range(ROWS - 1):
-            low, high = _multiply_all(signs, planes[ROWS - 2 - left], low + low, high + high, STEPS)
+        low, high = _several_rows(signs, planes, ROWS, STEPS)
         total = (low + high * 256) * weight
         lanes = tl.reshape(total, (TILES, SPREAD, 8, 8 // ROWS, ROWS // 2, 2, 2))
         found = tl.sum(tl.sum(lanes, 3), 1)
