@@ -20,9 +20,10 @@ _SHORT = 512
 """Rows of a chunk, times heads of a group, of which smaller tiles are made: more programs"""
 _CONTEXT = 1024
 """What the rule takes for a usual context."""
-_DIRECT = ((2, 4, 2, 0), (2, 4, 1, 0), (1, 4, 1, 128), (2, 8, 1, 128), (2, 8, 2, 0), (4, 4, 2, 0))
+_DIRECT = ((2, 4, 2, 0, 4), (2, 4, 1, 0, 2), (1, 4, 1, 128, 4), (2, 8, 1, 128, 2), (2, 8, 2, 0, 2), (4, 4, 2, 0, 2))
 _IN_TURN = ((1, 4, 3, 128), (1, 4, 4, 128), (2, 8, 3, 0), (1, 4, 1, 128))
-"""What is worth a search: tiles of so many times 8 KiB of keys in 16 bits, warps, stages, registers"""
+"""What is worth a search: tiles of so many times 8 KiB of keys in 16 bits, warps, stages, registers; and programs that
+then fit on a multiprocessor"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,14 @@ def decode_rule(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip)
     """Tiles of 16 KiB of keys in 16 bits, two of them in shared memory, and as many programs as then fit.
 
     Units of such a length that usual contexts occupy every program: at least a tile, at most 512 tokens, or 1024 for
-    wide groups, whose sums are more to write and to add up. Where rows and heads alone are fewer than multiprocessors,
-    a tile and a program each, up to four programs a multiprocessor.
+    wide groups, whose sums are more to write and to add up. Where rows and heads are fewer than multiprocessors, units
+    have a program each, about four a multiprocessor.
     """
     tile, warps, stages = min(128, 8192 // triton.next_power_of_2(head_dim)), 4, 3
     programs = chip.multiprocessors * max(1, _resident(chip, tile, head_dim, stages))
     if rows * kv_heads <= chip.multiprocessors:
-        splits = _direct_splits(rows, kv_heads, chip)
-        return DecodeConfig(tile, tile, splits, programs, warps, 2, direct=True, turn=True)
+        chunk, splits = _direct_units(rows, kv_heads, tile, 4, chip)
+        return DecodeConfig(tile, chunk, splits, 0, warps, 2, direct=True, turn=True)
     chunk = triton.next_power_of_2(triton.cdiv(rows * kv_heads * _CONTEXT, programs))
     longest = 512 if group <= 4 else 1024
     return DecodeConfig(tile, min(max(chunk, tile), longest), splits_of(rows), programs, warps, stages, turn=True)
@@ -133,23 +134,24 @@ def decode_candidates(rows: int, kv_heads: int, group: int, head_dim: int, chip:
     least, programs = 4096 // triton.next_power_of_2(head_dim), chip.multiprocessors * 4
     found = [rule]
     if rows * kv_heads <= 4 * chip.multiprocessors:
-        splits = _direct_splits(rows, kv_heads, chip)
-        found += [
-            DecodeConfig(n * least, n * least, splits, programs, warps, stages, direct=True, turn=True, registers=most)
-            for n, warps, stages, most in _DIRECT
-        ]
+        for n, warps, stages, most, each in _DIRECT:
+            chunk, splits = _direct_units(rows, kv_heads, n * least, each, chip)
+            found.append(DecodeConfig(n * least, chunk, splits, 0, warps, stages, True, True, most))
+    usual = triton.next_power_of_2(_CONTEXT * rows * kv_heads // programs)
     for n, warps, stages, most in _IN_TURN:
-        longest = max(n * least, min(_CONTEXT, _CONTEXT * kv_heads * rows // (4 * chip.multiprocessors) // 128 * 128))
-        config = DecodeConfig(n * least, longest, splits_of(rows), programs, warps, stages, turn=True, registers=most)
-        found += [config, replace(config, turn=False)]
+        chunk = min(max(usual, 128), _CONTEXT)
+        found.append(DecodeConfig(n * least, chunk, splits_of(rows), programs, warps, stages, False, True, most))
+    found += [replace(config, turn=False) for config in (rule, found[-len(_IN_TURN)])]
     return [c for c in dict.fromkeys(found) if c.stages == 1 or _resident(chip, c.tile, head_dim, c.stages)]
 
 
-def decode_refinements(config: DecodeConfig) -> list[DecodeConfig]:
+def decode_refinements(config: DecodeConfig, rows: int) -> list[DecodeConfig]:
     """The same code with other units and numbers of programs, itself first."""
     if config.direct:
-        shares = (config.splits, config.splits * 2, config.splits // 2, config.splits * 3 // 4)
-        return [replace(config, splits=n) for n in dict.fromkeys(shares) if 0 < n <= MOST_SPLITS]
+        more = replace(
+            config, chunk=max(config.tile, config.chunk // 2), splits=min(splits_of(rows), config.splits * 2)
+        )
+        return [config, more, replace(config, chunk=config.chunk * 2)]
     return [
         replace(config, chunk=int(config.chunk * length), programs=config.programs * turns)
         for length, turns in product((1, 0.5, 2), (1, 2, 4))
@@ -187,10 +189,12 @@ def split_rows(rows: int) -> int:
     return max(r * splits_of(r) for r in range(1, rows + 1))
 
 
-def _direct_splits(rows: int, kv_heads: int, chip: Chip) -> int:
-    """A power of two: about four programs for every multiprocessor."""
-    wanted = max(1, 4 * chip.multiprocessors // (rows * kv_heads))
-    return min(splits_of(rows), 1 << (wanted.bit_length() - 1))
+def _direct_units(rows: int, kv_heads: int, tile: int, each: int, chip: Chip) -> tuple[int, int]:
+    """(chunk, splits): of usual contexts, about `each` programs for every multiprocessor; and a long context alone
+    among short ones has one for each."""
+    usual, alone = (max(1, n * chip.multiprocessors // pairs) for n, pairs in ((each, rows * kv_heads), (1, kv_heads)))
+    usual, alone = (1 << (n.bit_length() - 1) for n in (usual, alone))
+    return max(tile, _CONTEXT // usual), min(splits_of(rows), max(usual, alone))
 
 
 def _resident(chip: Chip, tile: int, head_dim: int, stages: int) -> int:

@@ -113,6 +113,7 @@ def decode(
     config = config or choose_decode(rows, kv_heads, group, dim, q_THD.device)
     assert config.splits <= MOST_SPLITS
     assert config.chunk % config.tile == 0
+    assert config.direct or config.programs
     assert rows * config.splits * heads * dim <= workspace.partial.numel(), "the workspace is for fewer rows or splits"
     assert rows * kv_heads <= workspace.arrived.numel()
     assert all(t.is_contiguous() for t in (q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC))

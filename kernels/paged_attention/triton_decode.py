@@ -231,6 +231,8 @@ def _unit(
         start = context - seen + split * length
         stop = tl.minimum(start + length, context)
         holds = (stop == context) & (context > 0)
+        entry = 0
+        slot = 0
         if TURN:
             # The row's own token is not in the cache yet; all others are from earlier steps.
             stop = tl.minimum(stop, context - 1)

@@ -92,7 +92,7 @@ def rope_and_cache(
         cache_B2GSD: [blocks, K or V, kv_heads, block size, D]; only the rows' own slots are written.
     """
     rows, heads, dim = q_out_THD.shape
-    kv_heads, (bias, q_norm, k_norm) = cache_B2GSD.shape[2], turn.spans
+    kv_heads = cache_B2GSD.shape[2]
     assert cache_B2GSD.shape[1] == 2
     assert cache_B2GSD.shape[4] == dim
     assert cache_B2GSD.dtype == q_out_THD.dtype

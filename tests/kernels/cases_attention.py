@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -56,11 +57,22 @@ def _prefill(rows: int, heads: int, kv_heads: int, dim: int, window: int | None 
 
 FEW = {80: ("HMMA", "LDG.*128", "ATOM"), 90: ("HMMA", "LDG.*128", "ATOM", "ACQBULK", "PREEXIT")}
 ONE = DecodeConfig(tile=64, chunk=64, splits=16, programs=0, warps=4, stages=1, direct=True, turn=True)
+SMALL = replace(ONE, tile=32, chunk=32, registers=128)
+SHARED_TILES = replace(ONE, stages=2)
+DENSE = DecodeConfig(tile=32, chunk=1024, splits=64, programs=528, warps=4, stages=3, turn=True, registers=128)
 SOME = DecodeConfig(tile=64, chunk=1024, splits=64, programs=528, warps=4, stages=3, turn=True)
 
 CASES = [
     Case("attention decode 32/32 128, one row", lambda: _decode(1, 32, 32, 128, config=ONE), FEW),
     Case("attention decode 32/8 128, one row", lambda: _decode(1, 32, 8, 128, config=ONE), FEW),
+    Case(
+        "attention decode 32/32 128, one row, small tiles",
+        lambda: _decode(1, 32, 32, 128, config=SMALL),
+        FEW,
+        archs=(90,),
+    ),
+    Case("attention decode 32/32 128, one row, shared", lambda: _decode(1, 32, 32, 128, config=SHARED_TILES), DECODE),
+    Case("attention decode 32/32 128, turned, dense", lambda: _decode(16, 32, 32, 128, config=DENSE), DECODE),
     Case("attention decode 32/32 128, turned", lambda: _decode(16, 32, 32, 128, config=SOME), DECODE),
     Case("attention decode 32/32 128", lambda: _decode(64, 32, 32, 128), DECODE | {90: (*DECODE[90], r"CCTL\.E\.PF2")}),
     Case("attention decode 8/4 200, window", lambda: _decode(256, 8, 4, 200, 512), DECODE),

@@ -341,6 +341,6 @@ def test_candidates_are_valid_and_begin_with_the_rule() -> None:
     for rows_, group in ((1, 1), (64, 1), (16, 8)):
         found = decode_candidates(rows_, 8, group, 128, H200)
         assert found[0] == decode_rule(rows_, 8, group, 128, H200)
-        found += [r for c in found for r in decode_refinements(c)]
+        found += [r for c in found for r in decode_refinements(c, rows_)]
         assert all(c.chunk % c.tile == 0 and 0 < c.splits <= splits_of(rows_) for c in found)
     assert prefill_candidates(512, 4, 128, H200)[0] == prefill_rule(512, 4, 128, H200)

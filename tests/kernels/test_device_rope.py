@@ -124,7 +124,7 @@ def check(
     slots_T = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
     bias_span = (3, total * dim + 3) if bias else None
     norms = ((total * dim + 3, (total + 1) * dim + 3), ((total + 1) * dim + 3, (total + 2) * dim + 3))
-    spans = (bias_span, *(norms if norm else (None, None)))
+    spans = (bias_span, *norms) if norm else (bias_span, None, None)
     q_out, cache = poisoned((count, q, dim), dtype), poisoned((blocks, 2, kv, block_size, dim), dtype)
     turn = Turn(partials, spans, EPS, angles.cos(), angles.sin(), slots_T)
     rope_and_cache(turn, made.deltas, batch.entry_T, q_out, cache)
