@@ -3,8 +3,9 @@
     python benchmarks/tune_attention.py [--shapes llama-2-7b llama-3.1-8b] [--rows 1 4 64] [--workers 12] [--no-prefill]
 
 Decode, behind a kernel that reads as much as a linear: every code at one context, then the best few with other units of
-work at all contexts. Prefill: every code at a prompt and at the last chunk of one. Processes of their own compile ahead into Triton's cache. Writes
-`kernels/paged_attention/configs/<device>.json`, and every timing to benchmarks/results/tune_attention.jsonl.
+work at all contexts. Prefill: every code at a prompt and at the last chunk of one. Processes of their own compile ahead
+into Triton's cache. Writes `kernels/paged_attention/configs/<device>.json`, and every timing to
+benchmarks/results/tune_attention.jsonl.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoder on a GPU: `models.decoder.Decoder` in eleven launches a layer, which read all that changes from tables.
+"""The decoder on a GPU: `models.decoder.Decoder` in ten launches a layer, which read all that changes from tables.
 
 - `decode`: one row of each sequence. Nothing but launches, so that a CUDA graph can hold them.
 - `prefill`: many rows of few sequences. The host knows the segments and chooses by them.
