@@ -8,13 +8,18 @@ from typing import Any, Literal
 
 import gpu_timing
 import torch
+import triton
+import triton.language as tl
 from gpu_timing import Call
 from synthetic import SHAPES
 from torch.nn.functional import scaled_dot_product_attention
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.device import DeviceDeltas, Kinds
+from kernels import launches
+from kernels.device import DeviceDeltas, Kinds, Partials
 from kernels.paged_attention import choice
 from kernels.paged_attention.device import Workspace, decode, prefill
+from kernels.rotary.device import Turn
 
 BLOCK = 16
 LIMITS = {"decode": 6e-3, "prefill": 1.2e-2}
@@ -80,9 +85,46 @@ class AttentionCase:
         return choice.prefill_key(self.rows, group, dim)
 
 
+@triton.jit
+def _linear_kernel(WEIGHT, OUT, BLOCK: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+    first = tl.program_id(0).to(tl.int64) * UNROLL
+    total = tl.zeros((BLOCK,), tl.int32)
+    for u in tl.static_range(UNROLL):
+        total = total ^ tl.load(WEIGHT + (first + u) * BLOCK + tl.arange(0, BLOCK), eviction_policy="evict_first")
+    folded = tl.sum(total, 0)
+    if folded == 123456789:  # keeps the loads alive
+        tl.store(OUT, folded)
+    if PDL:
+        gdc_launch_dependents()
+
+
+class LinearBefore:
+    """Reads as many bytes as a linear and lets the next kernel start when it ends, as linears do: what decode attention
+    follows in a step. Back to back, attention would hide its start behind itself."""
+
+    BYTES, BLOCK, UNROLL = 64 << 20, 2048, 4
+
+    def __init__(self, device: torch.device) -> None:
+        self._weights = torch.ones(4, self.BYTES // 4, dtype=torch.int32, device=device)
+        self._out, self._turn = torch.zeros(1, dtype=torch.int32, device=device), 0
+
+    def __call__(self) -> None:
+        self._turn = (self._turn + 1) % len(self._weights)
+        pdl = launches.early(self._out)
+        _linear_kernel[(self.BYTES // (4 * self.BLOCK * self.UNROLL),)](
+            self._weights[self._turn], self._out, self.BLOCK, self.UNROLL, PDL=pdl, **launches.options(pdl)
+        )
+
+
 class AttentionRun:
     """A case's tensors: every sequence has its own shuffled blocks, and there are as many layers as keep the cache that
-    is read out of the GPU's own. No config: what the kernels choose."""
+    is read out of the GPU's own. No config: what the kernels choose.
+
+    Decode is timed as a step has it: from what the linear left of q, k and v, behind that linear. What that takes alone
+    is to be subtracted, `before_us`.
+    """
 
     def __init__(self, case: AttentionCase) -> None:
         self.case, device = case, gpu_timing.device()
@@ -100,10 +142,34 @@ class AttentionRun:
         self._workspace = Workspace.empty(max(64, sequences), kv_heads * group, kv_heads, dim, device)
         self._entries = torch.zeros(case.rows, dtype=torch.int32, device=device)
         self._nothing = DeviceDeltas(self._out, self._entries, self._entries)
+        self._linear = LinearBefore(device) if case.kind == "decode" and device.type == "cuda" else None
+        self._turn = self._newest() if case.kind == "decode" else None
         self._expected = self._reference()
 
+    def before_us(self) -> float:
+        return gpu_timing.graph_us([self._linear]) if self._linear else 0.0
+
+    def _newest(self) -> Turn:
+        """That of which q is made, and the last key and value of each sequence: not turned, so that they are known."""
+        rows, _, dim = self._q_THD.shape
+        kv_heads, device, dtype = self.case.heads[0], self._out.device, self.case.dtype
+        kv_T2GD = torch.randn(rows, 2, kv_heads, dim, device=device, dtype=dtype)
+        last, within = divmod(self.case.context - 1, BLOCK)
+        for cache in self._layers:
+            cache[self._tables[:, last].long(), :, :, within] = kv_T2GD
+        made = torch.cat((self._q_THD.flatten(1), kv_T2GD.flatten(1)), 1).float()
+        angles = torch.zeros(rows, dim // 2, device=device)
+        slots = (self._tables[:, last] * BLOCK + within).int().contiguous()
+        partials = Partials(torch.stack((made, torch.zeros_like(made))), None)
+        return Turn(partials, (None, None, None), 1e-5, angles.cos(), angles, slots)
+
     def calls(self, config: Any = None) -> list[Call]:
-        return [lambda cache=cache: self._call(cache, config) for cache in self._layers]
+        return [lambda cache=cache: self._behind(cache, config) for cache in self._layers]
+
+    def _behind(self, cache: torch.Tensor, config: Any) -> None:
+        if self._linear is not None:
+            self._linear()
+        self._call(cache, config)
 
     def error(self, config: Any = None) -> float:
         """Of the first sequence, against float64."""
@@ -134,7 +200,7 @@ class AttentionRun:
         if self.case.kind == "decode":
             decode(
                 self._q_THD, cache, self._tables, self._contexts, None, self._out, None, None, self._nothing,
-                self._entries, Kinds(), self._workspace, config=config,
+                self._entries, Kinds(), self._workspace, turn=self._turn, config=config,
             )  # fmt: skip
         else:
             prefill(

@@ -93,7 +93,7 @@ def _time_attention(session: Any, case: AttentionCase) -> None:
     run, label = AttentionRun(case), case.label()
     if not session.report.check(str(label), run.error(), case.limit):
         return
-    us = gpu_timing.graph_us(run.calls())
+    us = gpu_timing.graph_us(run.calls()) - run.before_us()
     if case.kind == "prefill":
         label |= {"tflops": round(case.operations / us / 1e6, 1)}
     session.report.row(label, us, nbytes=case.nbytes, peers_us=run.peers_us())

@@ -87,15 +87,16 @@ def _does_not_run(config: object, error: Exception) -> str:
 
 
 def timed(
-    report: Report, case: Mapping[str, Any], run: Run, found: Iterable[Config], *, limit: float, nbytes: int
-) -> dict[Config, float]:
-    """Microseconds of the settings that run and whose error is within the limit."""
+    report: Report, case: Mapping[str, Any], run: Run, found: Iterable[Config], *, limit: float, nbytes: int,
+    less: float = 0.0,
+) -> dict[Config, float]:  # fmt: skip
+    """Microseconds of the settings that run and whose error is within the limit. less: of what else a call does."""
     times: dict[Config, float] = {}
     for config in dict.fromkeys(found):
         try:
             if not report.check(f"{case} {config}", run.error(config), limit):
                 continue
-            times[config] = gpu_timing.graph_us(run.calls(config), replays=5, target_us=1500)
+            times[config] = gpu_timing.graph_us(run.calls(config), replays=5, target_us=1500) - less
         except Exception as error:
             print(_does_not_run(config, error), flush=True)
             continue

@@ -20,6 +20,10 @@ _SHORT = 512
 """Rows of a chunk, times heads of a group, of which smaller tiles are made: more programs"""
 _CONTEXT = 1024
 """What the rule takes for a usual context."""
+_DIRECT = ((2, 4, 2, 0, 4), (2, 4, 1, 0, 2), (1, 4, 1, 128, 4), (2, 8, 1, 128, 2), (2, 8, 2, 0, 2), (4, 4, 2, 0, 2))
+_IN_TURN = ((1, 4, 3, 128), (1, 4, 4, 128), (2, 8, 3, 0), (1, 4, 1, 128))
+"""What is worth a search: tiles of so many times 8 KiB of keys in 16 bits, warps, stages, registers; and programs that
+then fit on a multiprocessor"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,14 @@ class DecodeConfig:
     """How many there are, whatever the contexts"""
     warps: int
     stages: int
-    """Triton's: one more than there are tiles in shared memory"""
+    """Triton's: one more than there are tiles in shared memory. 1: the next tile is in registers, the first one from
+    before the kernel before has ended, if `turn`"""
+    direct: bool = False
+    """A program for every one of `splits` of every row and head: for few rows, whose unused splits cost little"""
+    turn: bool = False
+    """Rotary embedding is attention's own, not a launch before it"""
+    registers: int = 0
+    """Most of a thread, so that more programs fit on a multiprocessor; 0: as many as the compiler likes"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,9 @@ def choose_decode(rows: int, kv_heads: int, group: int, head_dim: int, device: t
 
 def _for_rows(config: DecodeConfig, measured: int, rows: int) -> DecodeConfig:
     """Settings measured with other rows: shorter units for fewer rows, so that programs still have work; the splits
-    are those that the workspace is made for."""
+    are those that the workspace is made for, or the grid."""
+    if config.direct:
+        return config
     share = min(1.0, triton.next_power_of_2(rows) / measured)
     return replace(config, chunk=max(config.tile, int(config.chunk * share)), splits=splits_of(rows))
 
@@ -102,31 +115,46 @@ def decode_rule(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip)
     """Tiles of 16 KiB of keys in 16 bits, two of them in shared memory, and as many programs as then fit.
 
     Units of such a length that usual contexts occupy every program: at least a tile, at most 512 tokens, or 1024 for
-    wide groups, whose sums are more to write and to add up.
+    wide groups, whose sums are more to write and to add up. Where rows and heads are fewer than multiprocessors, units
+    have a program each, about four a multiprocessor.
     """
     tile, warps, stages = min(128, 8192 // triton.next_power_of_2(head_dim)), 4, 3
     programs = chip.multiprocessors * max(1, _resident(chip, tile, head_dim, stages))
+    if rows * kv_heads <= chip.multiprocessors:
+        chunk, splits = _direct_units(rows, kv_heads, tile, 4, chip)
+        return DecodeConfig(tile, chunk, splits, 0, warps, 2, direct=True, turn=True)
     chunk = triton.next_power_of_2(triton.cdiv(rows * kv_heads * _CONTEXT, programs))
     longest = 512 if group <= 4 else 1024
-    return DecodeConfig(tile, min(max(chunk, tile), longest), splits_of(rows), programs, warps, stages)
+    return DecodeConfig(tile, min(max(chunk, tile), longest), splits_of(rows), programs, warps, stages, turn=True)
 
 
 def decode_candidates(rows: int, kv_heads: int, group: int, head_dim: int, chip: Chip) -> list[DecodeConfig]:
     """What a benchmark should try and a compiler tell apart, the rule's choice first."""
-    rule, found = decode_rule(rows, kv_heads, group, head_dim, chip), []
-    tiles = (max(16, rule.tile // 2), rule.tile, rule.tile * 2)
-    for tile, warps, stages in product(tiles, (2, 4, 8), (2, 3, 4)):
-        if resident := _resident(chip, tile, head_dim, stages):
-            programs, chunk = chip.multiprocessors * resident, max(rule.chunk, tile)
-            found.append(DecodeConfig(tile, chunk, rule.splits, programs, warps, stages))
-    return list(dict.fromkeys([rule, *found]))
+    rule = decode_rule(rows, kv_heads, group, head_dim, chip)
+    least, programs = 4096 // triton.next_power_of_2(head_dim), chip.multiprocessors * 4
+    found = [rule]
+    if rows * kv_heads <= 4 * chip.multiprocessors:
+        for n, warps, stages, most, each in _DIRECT:
+            chunk, splits = _direct_units(rows, kv_heads, n * least, each, chip)
+            found.append(DecodeConfig(n * least, chunk, splits, 0, warps, stages, True, True, most))
+    usual = triton.next_power_of_2(_CONTEXT * rows * kv_heads // programs)
+    for n, warps, stages, most in _IN_TURN:
+        chunk = min(max(usual, 128), _CONTEXT)
+        found.append(DecodeConfig(n * least, chunk, splits_of(rows), programs, warps, stages, False, True, most))
+    found += [replace(config, turn=False) for config in (rule, found[-len(_IN_TURN)])]
+    return [c for c in dict.fromkeys(found) if c.stages == 1 or _resident(chip, c.tile, head_dim, c.stages)]
 
 
-def decode_refinements(config: DecodeConfig) -> list[DecodeConfig]:
+def decode_refinements(config: DecodeConfig, rows: int) -> list[DecodeConfig]:
     """The same code with other units and numbers of programs, itself first."""
+    if config.direct:
+        more = replace(
+            config, chunk=max(config.tile, config.chunk // 2), splits=min(splits_of(rows), config.splits * 2)
+        )
+        return [config, more, replace(config, chunk=config.chunk * 2)]
     return [
         replace(config, chunk=int(config.chunk * length), programs=config.programs * turns)
-        for length, turns in product((1, 0.25, 0.5, 2), (1, 2, 4))
+        for length, turns in product((1, 0.5, 2), (1, 2, 4))
         if config.chunk * length >= config.tile
     ]
 
@@ -159,6 +187,14 @@ def splits_of(rows: int) -> int:
 def split_rows(rows: int) -> int:
     """The most that so many rows, or fewer, times their splits can be."""
     return max(r * splits_of(r) for r in range(1, rows + 1))
+
+
+def _direct_units(rows: int, kv_heads: int, tile: int, each: int, chip: Chip) -> tuple[int, int]:
+    """(chunk, splits): of usual contexts, about `each` programs for every multiprocessor; and a long context alone
+    among short ones has one for each."""
+    usual, alone = (max(1, n * chip.multiprocessors // pairs) for n, pairs in ((each, rows * kv_heads), (1, kv_heads)))
+    usual, alone = (1 << (n.bit_length() - 1) for n in (usual, alone))
+    return max(tile, _CONTEXT // usual), min(splits_of(rows), max(usual, alone))
 
 
 def _resident(chip: Chip, tile: int, head_dim: int, stages: int) -> int:

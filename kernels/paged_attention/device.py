@@ -30,6 +30,7 @@ from kernels.paged_attention.choice import (
 from kernels.paged_attention.triton_decode import decode_kernel
 from kernels.paged_attention.triton_prefill import prefill_kernel
 from kernels.planes import prepare_planes
+from kernels.rotary.device import Turn, rope_and_cache, turn_arguments
 
 MAX_ROWS = 256
 """Of a decode step, and most prompts of one prefill."""
@@ -37,6 +38,8 @@ MOST_PREFILL_SPLITS = 16
 _LEAST = 4
 """Tiles of keys that are worth a program of their own in prefill"""
 _UNBOUNDED = 2**30
+_NO_TURN = [*[None] * 8, 0.0, 0, 0, 0], {"SPLIT": 0, "HAS_DELTA": False, "HAS_BIAS": False, "HAS_NORM": False}
+"""In place of `turn_arguments`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ def decode(
     kinds: Kinds,
     workspace: Workspace,
     *,
+    turn: Turn | None = None,
     config: DecodeConfig | None = None,
 ) -> None:
     """Attention of row t to the first context_lens[t] tokens of sequence t, its own K and V among them.
@@ -94,6 +98,8 @@ def decode(
         window: how many tokens a row sees, itself included; None: all.
         out_TC: compute dtype [T, H * D].
         planes: of `out` for `target`, the next linear; None: it needs none.
+        turn: q, k and v are still to be made; q_THD is for q and may be left unwritten. None: q_THD and the cache have
+            them.
     """
     rows, heads, dim = q_THD.shape
     _, two, kv_heads, block_size, cache_dim = cache_B2GSD.shape
@@ -107,17 +113,27 @@ def decode(
     config = config or choose_decode(rows, kv_heads, group, dim, q_THD.device)
     assert config.splits <= MOST_SPLITS
     assert config.chunk % config.tile == 0
+    assert config.direct or config.programs
     assert rows * config.splits * heads * dim <= workspace.partial.numel(), "the workspace is for fewer rows or splits"
     assert rows * kv_heads <= workspace.arrived.numel()
     assert all(t.is_contiguous() for t in (q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC))
+    if turn is not None and not config.turn:
+        rope_and_cache(turn, deltas, entry_T, q_THD, cache_B2GSD)
+        turn = None
     padded_group = triton.next_power_of_2(group)
     pdl = launches.early(q_THD)
-    decode_kernel[(min(config.programs, rows * kv_heads * config.splits),)](
-        q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, *workspace.tensors, rows,
+    before, constants = _NO_TURN
+    if turn is not None:
+        before, constants = turn_arguments(turn, deltas, entry_T, q_THD, kv_heads)
+    grid = (kv_heads, rows, config.splits)  # splits that no context has come last
+    decode_kernel[grid if config.direct else (min(config.programs, math.prod(grid)),)](
+        q_THD, cache_B2GSD, block_tables_SM, context_lens_S, out_TC, *workspace.tensors, *before, rows,
         block_tables_SM.shape[1], window or _UNBOUNDED, config.chunk, config.splits, _scale(dim), KV_HEADS=kv_heads,
-        GROUP=group, GP=max(16, padded_group), D=dim, DP=_padded_dim(dim), BLOCK=block_size, ROWS=padded_rows(rows),
-        TILE=config.tile, RP=padded_group, STEP=max(1, 4 * config.warps // padded_group), PDL=pdl,
-        num_warps=config.warps, num_stages=config.stages, **launches.options(pdl),
+        GROUP=group, GP=max(16, padded_group), D=dim, DP=_padded_dim(dim), BLOCK=block_size,
+        ROWS=1 if config.direct else padded_rows(rows), TILE=config.tile, RP=padded_group,
+        STEP=max(1, min(16, 8 * config.warps // padded_group)), DIRECT=config.direct, HELD=config.stages == 1,
+        TURN=turn is not None, **constants, PDL=pdl, num_warps=config.warps, num_stages=config.stages,
+        **launches.options(pdl), **({"maxnreg": config.registers} if config.registers else {}),
     )  # fmt: skip
     if planes is not None and target is not None:
         prepare_planes(out_TC, planes, target, deltas, entry_T, kinds)

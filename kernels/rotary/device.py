@@ -12,6 +12,7 @@ Not covered: frequencies that depend on the length of the whole prompt (longrope
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -49,6 +50,21 @@ class RopeTables:
         return torch.cat((inv_freq_H.float().cpu(), torch.tensor([scaling, growth, start])))
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What q, k and v of some rows are made of; whoever needs q may do it (`paged_attention.device.decode`)."""
+
+    partials: Partials
+    """q, k, v, one after another"""
+    spans: tuple[tuple[int, int] | None, tuple[int, int] | None, tuple[int, int] | None]
+    """Of their biases (neighbours), of the weights of q's norm and of k's, in every entry's block of vectors"""
+    eps: float
+    cos_TH: torch.Tensor
+    sin_TH: torch.Tensor
+    kv_slots_T: torch.Tensor
+    """block * block size + offset of each row"""
+
+
 def cos_sin(
     positions_T: torch.Tensor, entry_T: torch.Tensor, tables: RopeTables, cos_TH: torch.Tensor, sin_TH: torch.Tensor
 ) -> None:
@@ -67,48 +83,46 @@ def cos_sin(
 
 
 def rope_and_cache(
-    partials_qkv: Partials,
-    deltas: DeviceDeltas,
-    spans: tuple[tuple[int, int] | None, tuple[int, int] | None, tuple[int, int] | None],
-    eps: float,
-    entry_T: torch.Tensor,
-    cos_TH: torch.Tensor,
-    sin_TH: torch.Tensor,
-    kv_slots_T: torch.Tensor,
-    q_out_THD: torch.Tensor,
-    cache_B2GSD: torch.Tensor,
-    heads: int,
-    kv_heads: int,
+    turn: Turn, deltas: DeviceDeltas, entry_T: torch.Tensor, q_out_THD: torch.Tensor, cache_B2GSD: torch.Tensor
 ) -> None:
     """q, k, v = partials + bias; q and k normed per head where the model does, and turned; q out, k and v to the cache.
 
     Args:
-        spans: of q, k and v's biases (neighbours), of the weights of q's norm and of k's; in every entry's block of
-            vectors. The norms: both or none.
-        kv_slots_T: block * block size + offset of each row.
         q_out_THD: compute dtype, as the cache is.
         cache_B2GSD: [blocks, K or V, kv_heads, block size, D]; only the rows' own slots are written.
     """
-    rows, _, dim = q_out_THD.shape
-    bias, q_norm, k_norm = spans
-    assert q_out_THD.shape == (rows, heads, dim)
-    assert cache_B2GSD.shape[1:3] == (2, kv_heads)
+    rows, heads, dim = q_out_THD.shape
+    kv_heads = cache_B2GSD.shape[2]
+    assert cache_B2GSD.shape[1] == 2
     assert cache_B2GSD.shape[4] == dim
     assert cache_B2GSD.dtype == q_out_THD.dtype
-    assert dim % 2 == 0
-    assert entry_T.shape == kv_slots_T.shape == (rows,)
-    assert cos_TH.shape == sin_TH.shape == (rows, dim // 2)
-    assert (q_norm is None) == (k_norm is None)
-    check_contiguous(entry_T, cos_TH, sin_TH, kv_slots_T, q_out_THD, cache_B2GSD)
+    check_contiguous(q_out_THD, cache_B2GSD)
     total = heads + 2 * kv_heads
     width = triton.next_power_of_2(dim // 2)
     group = max(1, _GROUP_PAIRS // width)
-    added, added_constants = partial_arguments(partials_qkv, rows, total * dim)
+    before, constants = turn_arguments(turn, deltas, entry_T, q_out_THD, kv_heads)
     pdl = launches.early(q_out_THD)
     rope_cache_kernel[(rows, triton.cdiv(total, group))](
-        *added, deltas.slab.view(q_out_THD.dtype), deltas.vectors_E, entry_T, cos_TH, sin_TH, kv_slots_T, q_out_THD,
-        cache_B2GSD, eps, rows, span_start(bias, total * dim), span_start(q_norm, dim), span_start(k_norm, dim),
-        HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, BLOCK_SIZE=cache_B2GSD.shape[3], GROUP=group, WIDTH=width,
-        **added_constants, HAS_BIAS=bias is not None, HAS_NORM=q_norm is not None, PDL=pdl, num_warps=1,
+        *before, q_out_THD, cache_B2GSD, rows, HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2,
+        BLOCK_SIZE=cache_B2GSD.shape[3], GROUP=group, WIDTH=width, **constants, PDL=pdl, num_warps=1,
         **launches.options(pdl),
     )  # fmt: skip
+
+
+def turn_arguments(
+    turn: Turn, deltas: DeviceDeltas, entry_T: torch.Tensor, q_THD: torch.Tensor, kv_heads: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """From BASE to k_norm, and the constants, of kernels that turn q, k and v."""
+    rows, heads, dim = q_THD.shape
+    columns, (bias, q_norm, k_norm) = (heads + 2 * kv_heads) * dim, turn.spans
+    assert dim % 2 == 0
+    assert entry_T.shape == turn.kv_slots_T.shape == (rows,)
+    assert turn.cos_TH.shape == turn.sin_TH.shape == (rows, dim // 2)
+    assert (q_norm is None) == (k_norm is None), "norms: both or none"
+    check_contiguous(entry_T, turn.cos_TH, turn.sin_TH, turn.kv_slots_T)
+    added, constants = partial_arguments(turn.partials, rows, columns)
+    arguments = [
+        *added, deltas.slab.view(q_THD.dtype), deltas.vectors_E, entry_T, turn.cos_TH, turn.sin_TH, turn.kv_slots_T,
+        turn.eps, span_start(bias, columns), span_start(q_norm, dim), span_start(k_norm, dim),
+    ]  # fmt: skip
+    return arguments, {**constants, "HAS_BIAS": bias is not None, "HAS_NORM": q_norm is not None}

@@ -24,9 +24,49 @@ def _either(which, A, B, mask):
     return tl.where(which, tl.load(A, mask=mask, other=0.0), tl.load(B, mask=mask, other=0.0))
 
 
+@triton.jit
+def head_rows(
+    BASE, DELTA, SLAB, STARTS, row, entry, head, d, mask, T, bias,
+    TOTAL: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """float32, of mask's shape: columns d of heads of q, k and v of a row, with their bias.
+
+    TOTAL: heads of q, k and v together.
+    """
+    at = head * D + d
+    x = sum_partials(BASE, DELTA, row, at, mask, T, TOTAL * D, entry, SPLIT, HAS_DELTA)
+    if HAS_BIAS:
+        x += tl.load(vector_pointer(SLAB, STARTS, entry, bias) + at, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def turned_rows(
+    BASE, DELTA, SLAB, STARTS, COS, SIN, row, entry, head, d, mask, T, eps, bias, norm,
+    TOTAL: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """As `head_rows`, of [heads, columns], normed where the model does and turned. norm: where its weights begin."""
+    HALF: tl.constexpr = D // 2
+    other = tl.where(d < HALF, d + HALF, d - HALF)
+    x = head_rows(BASE, DELTA, SLAB, STARTS, row, entry, head, d, mask, T, bias, TOTAL, D, SPLIT, HAS_DELTA, HAS_BIAS)
+    y = head_rows(
+        BASE, DELTA, SLAB, STARTS, row, entry, head, other, mask, T, bias, TOTAL, D, SPLIT, HAS_DELTA, HAS_BIAS
+    )
+    angle = row * HALF + d % HALF
+    cos = tl.load(COS + angle, mask=d < D, other=0.0)
+    sin = tl.load(SIN + angle, mask=d < D, other=0.0)
+    if HAS_NORM:
+        WEIGHT = vector_pointer(SLAB, STARTS, entry, norm)
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = _normed(x, rstd, tl.load(WEIGHT + d, mask=d < D, other=0.0))
+        y = _normed(y, rstd, tl.load(WEIGHT + other, mask=d < D, other=0.0))
+    return tl.where(d < HALF, x * cos - y * sin, x * cos + y * sin)
+
+
 @triton.jit(do_not_specialize=["T"])
 def rope_cache_kernel(
-    BASE, DELTA, SLAB, STARTS, ENTRY, COS, SIN, SLOTS, Q, CACHE, eps, T, bias, q_norm, k_norm,
+    BASE, DELTA, SLAB, STARTS, ENTRY, COS, SIN, SLOTS, eps, bias, q_norm, k_norm, Q, CACHE, T,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,

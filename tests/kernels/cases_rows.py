@@ -7,7 +7,7 @@ import torch
 from kernels.device import Kinds, Partials, Planes, Target
 from kernels.embedding.device import embed
 from kernels.rms_norm.device import add_norm
-from kernels.rotary.device import RopeTables, cos_sin, rope_and_cache
+from kernels.rotary.device import RopeTables, Turn, cos_sin, rope_and_cache
 from kernels.silu_mul.device import silu_mul
 from tests.kernels.compile_harness import Case
 from tests.kernels.meta import entries, meta, tables
@@ -52,10 +52,8 @@ def _rope(rows: int, heads: int, kv_heads: int, dim: int, split: int, norm: bool
     total = (heads + 2 * kv_heads) * dim
     spans = ((0, total), (total, total + dim), (total + dim, total + 2 * dim)) if norm else (None, None, None)
     angles, ints = meta(rows, dim // 2, dtype=torch.float32), entries(rows)
-    rope_and_cache(
-        _partials(split, rows, total), tables(2), spans, 1e-6, entries(rows), angles, angles, ints,
-        meta(rows, heads, dim), meta(64, 2, kv_heads, 16, dim), heads, kv_heads,
-    )  # fmt: skip
+    turn = Turn(_partials(split, rows, total), spans, 1e-6, angles, angles, ints)
+    rope_and_cache(turn, tables(2), entries(rows), meta(rows, heads, dim), meta(64, 2, kv_heads, 16, dim))
 
 
 def _cos_sin(rows: int, dim: int) -> None:

@@ -19,10 +19,13 @@ from kernels.paged_attention.choice import (
     decode_rule,
     prefill_candidates,
     prefill_rule,
+    splits_of,
 )
 from kernels.paged_attention.device import Workspace, decode, prefill, workspace_bytes
 from kernels.planes import planes_reference, values
+from kernels.rotary.device import Turn, rope_and_cache
 from tests.kernels.device_harness import DEVICE, DTYPES, poisoned, rows, world
+from tests.kernels.row_cases import random_partials
 from tests.kernels.test_device_planes import poisoned_planes
 
 HEADS = {"3/3 16": ((3, 3), 16), "8/2 80": ((8, 2), 80), "7/1 8": ((7, 1), 8), "8/1 40": ((8, 1), 40)}
@@ -198,6 +201,72 @@ def test_decode_writes_planes() -> None:
     assert torch.equal(values(planes, inputs), values(planes_reference(out[None]), inputs))
 
 
+TURNS = {
+    "in turn": replace(CONFIG, turn=True),
+    "in registers": replace(CONFIG, turn=True, stages=1),
+    "direct": replace(CONFIG, turn=True, direct=True),
+    "direct, in registers": replace(CONFIG, chunk=16, splits=3, turn=True, direct=True, stages=1),
+    "a launch before it": replace(CONFIG, direct=True, stages=1),
+}
+
+
+@pytest.mark.parametrize("config", TURNS.values(), ids=TURNS.keys())
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
+def test_decode_turns_its_own(heads: tuple[int, int], window: int | None, config: DecodeConfig) -> None:
+    """From a linear's partials, q and the newest key and value are as `rope_and_cache` makes them; the newest slots of
+    the cache are NaN before, and nothing else of it is written."""
+    check_turn([40, 0, 1, 17, 33, 150, 16], heads, 16, DTYPES[0], window, config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_turns_by_default(dtype: torch.dtype) -> None:
+    check_turn([70, 5, 0, 33], (4, 2), 40, dtype, None, None)
+
+
+def check_turn(
+    contexts: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype, window: int | None,
+    config: DecodeConfig | None,
+) -> None:  # fmt: skip
+    p, (q, kv), gen = problem(contexts, heads=heads, dim=dim, dtype=dtype), heads, torch.Generator().manual_seed(1)
+    total, count, batch = q + 2 * kv, len(contexts), rows([0, 1, 1, 2, 2, 0, 1][: len(contexts)])
+    made = world([Target(0, 16, 8)], [{}] * 3, dtype, vectors=(total + 2) * dim)
+    bias, q_norm, k_norm = (0, total * dim), (total * dim, (total + 1) * dim), ((total + 1) * dim, (total + 2) * dim)
+    angles = torch.rand(count, dim // 2, generator=gen).to(DEVICE) * 6
+    block = p.cache_B2GSD.shape[3]
+    last = [max(c - 1, 0) for c in contexts]
+    slots = [int(p.tables_SM[s, at // block]) * block + at % block if contexts[s] else 0 for s, at in enumerate(last)]
+    slots_T = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
+    for slot in slots:
+        p.cache_B2GSD[slot // block, :, :, slot % block] = torch.nan
+    partials = random_partials(2, batch, total * dim, dtype, gen)
+    turn = Turn(partials, (bias, q_norm, k_norm), 1e-5, angles.cos(), angles.sin(), slots_T)
+    expected = replace(p, q_THD=torch.empty_like(p.q_THD), cache_B2GSD=p.cache_B2GSD.clone())
+    rope_and_cache(turn, made.deltas, batch.entry_T, expected.q_THD, expected.cache_B2GSD)
+    for _ in range(2):
+        out, workspace = poisoned((count, q * dim), dtype), fresh_workspace(p)
+        decode(
+            poisoned(p.q_THD.shape, dtype), p.cache_B2GSD, p.tables_SM, p.contexts_S, window, out, None, None,
+            made.deltas, batch.entry_T, Kinds(), workspace, turn=turn, config=config,
+        )  # fmt: skip
+        assert_close(out, expected.reference(window))
+        assert not workspace.arrived.any(), "the next launch counts from zero"
+    close = {"rtol": 3 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps, "equal_nan": True}
+    p.cache_B2GSD[0], expected.cache_B2GSD[0] = 0, 0  # padding's
+    torch.testing.assert_close(p.cache_B2GSD, expected.cache_B2GSD, **close)
+
+
+@pytest.mark.parametrize("config", [c for c in TURNS.values() if c.direct])
+def test_a_directly_decoded_row_depends_on_no_other(config: DecodeConfig) -> None:
+    contexts = [40, 300, 7, 129]
+    p = problem(contexts)
+    together = run_decode(p, config=config)
+    assert_close(together, p.reference(None))
+    for s, context in enumerate(contexts):
+        p.contexts = [context if i == s else 0 for i in range(4)]
+        assert torch.equal(run_decode(p, config=config)[s], together[s])
+
+
 H200 = Chip(132, 227 * 1024, True)
 CHUNKS = {
     "whole prompt": ([1], [1]),
@@ -272,6 +341,6 @@ def test_candidates_are_valid_and_begin_with_the_rule() -> None:
     for rows_, group in ((1, 1), (64, 1), (16, 8)):
         found = decode_candidates(rows_, 8, group, 128, H200)
         assert found[0] == decode_rule(rows_, 8, group, 128, H200)
-        found += [r for c in found for r in decode_refinements(c)]
-        assert all(c.chunk % c.tile == 0 and c.splits == found[0].splits for c in found)
+        found += [r for c in found for r in decode_refinements(c, rows_)]
+        assert all(c.chunk % c.tile == 0 and 0 < c.splits <= splits_of(rows_) for c in found)
     assert prefill_candidates(512, 4, 128, H200)[0] == prefill_rule(512, 4, 128, H200)

@@ -9,7 +9,7 @@ from bitdelta_core.models.rope import RopeConfig, inv_freq
 from bitdelta_core.models.rope import cos_sin as cos_sin_reference
 from kernels.device import Target
 from kernels.rms_norm.reference import rms_norm
-from kernels.rotary.device import RopeTables, cos_sin, rope_and_cache
+from kernels.rotary.device import RopeTables, Turn, cos_sin, rope_and_cache
 from kernels.rotary.reference import rotary_
 from tests.kernels.device_harness import DEVICE, DTYPES, MIXES, Rows, poisoned, rows, world
 from tests.kernels.row_cases import random_partials, spoil_vectors, summed, vectors_of
@@ -124,11 +124,10 @@ def check(
     slots_T = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
     bias_span = (3, total * dim + 3) if bias else None
     norms = ((total * dim + 3, (total + 1) * dim + 3), ((total + 1) * dim + 3, (total + 2) * dim + 3))
-    spans = (bias_span, *(norms if norm else (None, None)))
+    spans = (bias_span, *norms) if norm else (bias_span, None, None)
     q_out, cache = poisoned((count, q, dim), dtype), poisoned((blocks, 2, kv, block_size, dim), dtype)
-    rope_and_cache(
-        partials, made.deltas, spans, EPS, batch.entry_T, angles.cos(), angles.sin(), slots_T, q_out, cache, q, kv
-    )  # fmt: skip
+    turn = Turn(partials, spans, EPS, angles.cos(), angles.sin(), slots_T)
+    rope_and_cache(turn, made.deltas, batch.entry_T, q_out, cache)
 
     qkv = summed(partials, batch)
     if bias_span:

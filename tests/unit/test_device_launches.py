@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts the interp
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (None, 9),  # norm, qkv, rope, attention, o, norm, gate and up, SiLU, down
-        ("sign", 11),  # and the planes of what attention and SiLU give
-        ("lora", 17),  # two for each linear, and a zeroing that is torch's; no planes
+        (None, 8),  # norm, qkv, attention with rope, o, norm, gate and up, SiLU, down
+        ("sign", 10),  # and the planes of what attention and SiLU give
+        ("lora", 16),  # two for each linear, and a zeroing that is torch's; no planes
     ],
 )
 def test_launches_of_a_layer(tmp_path: Path, kind: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:

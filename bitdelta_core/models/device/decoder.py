@@ -1,4 +1,4 @@
-"""The decoder on a GPU: `models.decoder.Decoder` in eleven launches a layer, which read all that changes from tables.
+"""The decoder on a GPU: `models.decoder.Decoder` in ten launches a layer, which read all that changes from tables.
 
 - `decode`: one row of each sequence. Nothing but launches, so that a CUDA graph can hold them.
 - `prefill`: many rows of few sequences. The host knows the segments and chooses by them.
@@ -32,7 +32,7 @@ from kernels.embedding.device import embed
 from kernels.logits.device import logits
 from kernels.paged_attention import device as attention
 from kernels.rms_norm.device import add_norm
-from kernels.rotary.device import cos_sin, rope_and_cache
+from kernels.rotary.device import Turn, cos_sin
 from kernels.silu_mul.device import silu_mul
 
 MAX_ROWS = 256
@@ -167,11 +167,8 @@ class DeviceDecoder:
         self._norm(made, before, partials, v.input_norm, last_bias, "qkv", layer.targets["qkv"], after)
         made.linear("qkv", buffers.hidden_TK, layer.weights["qkv"], layer.targets["qkv"])
         spans = (_pair(v.qkv_bias), _pair(v.q_norm), _pair(v.k_norm))
-        rope_and_cache(
-            qkv.out, made.deltas, spans, c.rms_norm_eps, rows.entry_T, buffers.cos_TH, buffers.sin_TH,
-            rows.kv_slots_T, buffers.q_THD, cache_B2GSD, c.num_heads, c.num_kv_heads,
-        )  # fmt: skip
-        made.attend(cache_B2GSD, layer.window, layer.targets["o"])
+        turn = Turn(qkv.out, spans, c.rms_norm_eps, buffers.cos_TH, buffers.sin_TH, rows.kv_slots_T)
+        made.attend(turn, cache_B2GSD, layer.window, layer.targets["o"])
         made.linear("o", buffers.attended_TC, layer.weights["o"], layer.targets["o"])
 
     def _mlp(self, made: Pass, layer: _Layer) -> None:

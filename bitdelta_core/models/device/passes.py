@@ -14,6 +14,7 @@ from kernels.delta_linear.device import delta_linear
 from kernels.delta_linear.wide import prefill_linear
 from kernels.device import DeviceDeltas, Planes, StepRows, Target
 from kernels.paged_attention import device as attention
+from kernels.rotary.device import Turn, rope_and_cache
 
 Segments = Sequence[tuple[int, int, int]]
 """(entry, start, stop)"""
@@ -52,8 +53,9 @@ class Pass(Protocol):
         """From x, and its planes where it has some, to the op's partials."""
         ...
 
-    def attend(self, cache_B2GSD: torch.Tensor, window: int | None, target: Target) -> None:
-        """From q and the cache to `attended_TC`, and its planes for `target` where that takes some."""
+    def attend(self, turn: Turn, cache_B2GSD: torch.Tensor, window: int | None, target: Target) -> None:
+        """From what the linear left of q, k and v, and the cache, which k and v go to, to `attended_TC`, and its planes
+        for `target` where that takes some."""
         ...
 
 
@@ -81,7 +83,7 @@ class DecodePass:
             self.buffers.scratch,
         )
 
-    def attend(self, cache_B2GSD: torch.Tensor, window: int | None, target: Target) -> None:
+    def attend(self, turn: Turn, cache_B2GSD: torch.Tensor, window: int | None, target: Target) -> None:
         rows, buffers = self.rows, self.buffers
         planes: Planes | None = buffers.linears["o"].planes
         attention.decode(
@@ -97,6 +99,7 @@ class DecodePass:
             rows.entry_T,
             self.kinds.layers,
             self.workspace,
+            turn=turn,
         )
 
 
@@ -127,8 +130,9 @@ class WidePass:
             self.buffers.scratch,
         )
 
-    def attend(self, cache_B2GSD: torch.Tensor, window: int | None, target: Target) -> None:
+    def attend(self, turn: Turn, cache_B2GSD: torch.Tensor, window: int | None, target: Target) -> None:
         rows, buffers = self.rows, self.buffers
+        rope_and_cache(turn, self.deltas, rows.entry_T, buffers.q_THD, cache_B2GSD)
         attention.prefill(
             buffers.q_THD,
             cache_B2GSD,
