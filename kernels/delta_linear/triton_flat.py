@@ -26,7 +26,8 @@ from kernels.delta_linear.triton_share import base_share, prefetch_base, prefetc
 def flat_kernel(
     X, W, BASE, SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, DELTA,
     T, N, width, M1, M2,
-    PROGRAMS: tl.constexpr, SHARING: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr, SHARING: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
     KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
     MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +38,7 @@ def flat_kernel(
         if program < SHARING:
             prefetch_base(W, program, N, width, SHARING, K, BN, BK, STAGES)
         if WORDS is not None:
-            prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES, 1)
+            prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES)
         gdc_wait()
     if WORDS is None:
         base_share(X, W, BASE, program, T, N, width, SHARING, K, SPLIT, BN, BK, BT, STAGES)
@@ -65,7 +66,7 @@ def sign_kernel(
     program = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
-        prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES, 1)
+        prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES)
         gdc_wait()
     sign_share(
         SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,

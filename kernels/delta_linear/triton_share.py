@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
 from kernels.delta_linear.triton_signs import load_planes, load_signs, places, sums
 
+_ASKS = tl.constexpr(not knobs.runtime.interpret)
 _MOST_REGISTERS = tl.constexpr(64)
 """That the planes of a program's rows may take of every thread"""
 
@@ -157,13 +159,12 @@ def _plane(
 
 @triton.jit
 def _piece(
-    SLAB, TABLE, at, outputs, start, stop, member, tile, end, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
-    width,
+    SLAB, TABLE, at, words, outputs, start, stop, member, tile, end, WORDS, XSCALE, XSUM, words_stride, scale_stride,
+    OUT, width,
     KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles tile .. end, of one member, of one segment: all planes."""
-    words = parts.part(SLAB, TABLE, at, SIGN, tl.int32)
     scales = parts.part(SLAB, TABLE, at, SCALE, tl.float32)
     if MANY or COLUMNS:
         zeros = parts.part(SLAB, TABLE, at, ZERO, tl.float32)
@@ -197,20 +198,30 @@ def _zeros(OUT, start, stop, tile, end, width):
 
 
 @triton.jit
-def _segment_of(SEGMENTS, TABLE, table_stride, g, base_outputs):
-    """(its entry's place in the table, start, stop, outputs that have signs)"""
-    entry, start, stop = parts.segment(SEGMENTS, g)
+def _segment_of(SLAB, TABLE, table_stride, SEGMENTS, g, base_outputs):
+    """(its entry's place in the table, start, stop, outputs that have signs, pointer to them). Of a negative segment
+    nothing that may be read."""
+    entry, start, stop = parts.segment(SEGMENTS, tl.maximum(g, 0))
     at = entry * table_stride
     own = tl.load(TABLE + at + parts.OUTPUTS)
     outputs = tl.where(own > 0, own, base_outputs)
     there = parts.has(TABLE, at, SIGN) & parts.has(TABLE, at, SCALE) & (tl.load(TABLE + at + PLANES) > 0)
-    return at, start, stop, tl.where(there, outputs, 0)
+    return at, start, stop, tl.where(there, outputs, 0), parts.part(SLAB, TABLE, at, SIGN, tl.int32)
+
+
+@triton.jit
+def _request(words, tile, last, KB: tl.constexpr, TILES: tl.constexpr):
+    """Ask for the signs of TILES tiles from one on, as far as the last. (The interpreter has no such instruction.)"""
+    if _ASKS:
+        t = tl.minimum(tile + tl.arange(0, TILES), last)
+        prefetch(words + t.to(tl.int64) * (KB * 128), tl.zeros_like(t) + KB * 512)
 
 
 @triton.jit
 def base_share(
     X, W, OUT, program, T, N, width,
-    PROGRAMS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x W^T of a program's share of all steps of BK along K of all tiles of BN outputs, a step after the other.
 
@@ -269,27 +280,25 @@ def prefetch_base(
 @triton.jit
 def prefetch_signs(
     SLAB, TABLE, table_stride, SEGMENTS, program, base_outputs, width,
-    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
+    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the first AHEAD * TILES tiles of a program's share."""
+    """Ask for the first tiles of a program's share."""
     tiles = (width + 15) // 16
     lo, hi = range_of(program, PROGRAMS, tl.load(SEGMENTS + 3) * tiles)
     if hi > lo:
         g = lo // tiles
-        at, _, _, outputs = _segment_of(SEGMENTS, TABLE, table_stride, g, base_outputs)
+        _, _, _, outputs, words = _segment_of(SLAB, TABLE, table_stride, SEGMENTS, g, base_outputs)
         last = (outputs + 15) // 16 - 1
         if last >= lo - g * tiles:
-            t = tl.minimum(lo - g * tiles + tl.arange(0, AHEAD * TILES), last)
-            words = parts.part(SLAB, TABLE, at, SIGN, tl.int32)
-            prefetch(words + t.to(tl.int64) * (KB * 128), tl.zeros_like(t) + KB * 512)
+            _request(words, lo - g * tiles, last, KB, TILES)
 
 
 @triton.jit
 def sign_share(
     SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
     base_outputs, width, M1, M2,
-    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr, MEMBERS: tl.constexpr,
-    COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr,
+    MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """OUT[row, n] of the program's tiles of all segments' rows, zero where a variant has no signs.
 
@@ -303,11 +312,20 @@ def sign_share(
         STAGES: Triton's: how many steps of TILES there are, at various stages.
     """
     tiles = (width + 15) // 16
-    lo, hi = range_of(program, PROGRAMS, tl.load(SEGMENTS + 3) * tiles)
+    segments = tl.load(SEGMENTS + 3)
+    lo, hi = range_of(program, PROGRAMS, segments * tiles)
+    at_2, start_2, stop_2, outputs_2, words_2 = _segment_of(
+        SLAB, TABLE, table_stride, SEGMENTS, tl.minimum(lo // tiles, segments - 1), base_outputs
+    )  # fmt: skip
     for g in range(lo // tiles, (hi + tiles - 1) // tiles):
-        at, start, stop, outputs = _segment_of(SEGMENTS, TABLE, table_stride, g, base_outputs)
+        at, start, stop, outputs, words = at_2, start_2, stop_2, outputs_2, words_2
+        at_2, start_2, stop_2, outputs_2, words_2 = _segment_of(
+            SLAB, TABLE, table_stride, SEGMENTS, tl.minimum(g + 1, segments - 1), base_outputs
+        )  # fmt: skip
         before = g * tiles
         tile, end = tl.maximum(lo, before) - before, tl.minimum(hi - before, tiles)  # see above
+        if (hi > before + tiles) & (outputs_2 > 0):
+            _request(words_2, 0, (outputs_2 + 15) // 16 - 1, KB, TILES)
         signed = tl.minimum(end, (outputs + 15) // 16)
         for member in range(MEMBERS):
             from_tile, to_tile = tile, signed
@@ -316,7 +334,7 @@ def sign_share(
                 to_tile = tl.minimum(signed, tl.where(member == 0, M1, tl.where(member == 1, M2, tiles)))
             if from_tile < to_tile:
                 _piece(
-                    SLAB, TABLE, at, outputs, start, stop, member, from_tile, to_tile, WORDS, XSCALE, XSUM,
+                    SLAB, TABLE, at, words, outputs, start, stop, member, from_tile, to_tile, WORDS, XSCALE, XSUM,
                     words_stride, scale_stride, OUT, width,
                     KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, STAGES,
                 )  # fmt: skip
