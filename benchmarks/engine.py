@@ -27,6 +27,7 @@ from typing import Any
 
 import engine_cases
 import synthetic
+import torch
 from arrivals import Ask, Offered, make_load, play, summary
 from engine_cases import WATCH
 
@@ -120,8 +121,13 @@ def main() -> int:
     parser.add_argument("--variants", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--rates", type=float, nargs="+", default=[8.0])
     parser.add_argument("--arrival", choices=("poisson", "gamma"), default="poisson")
+    parser.add_argument(
+        "--switch-interval-ms", type=float, default=None, help="how long a thread may keep the interpreter; Python: 5"
+    )
     parser.add_argument("--budget", type=float, default=None, help="seconds after which no further run is begun")
     arguments = parser.parse_args()
+    if arguments.switch_interval_ms is not None:
+        sys.setswitchinterval(arguments.switch_interval_ms / 1e3)
     with engine_cases.workplace(arguments) as work:
         return run(arguments, work)
 
@@ -147,7 +153,8 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
 def pair(report: Any, engine: Engine, arguments: argparse.Namespace, variants: int, rate: float) -> int:
     """The same load without and with others loading. Returns how many requests failed."""
     case = {"shape": arguments.shape, "kind": arguments.kind, "variants": variants, "rate": rate}
-    case |= {"arrival": arguments.arrival}
+    case |= {"arrival": arguments.arrival, "switch_interval_ms": 1e3 * sys.getswitchinterval()}
+    case |= {"threads": torch.get_num_threads()}
     failed, quiet_ms = 0, None
     for cold in (False, True):
         load = make_load(

@@ -51,6 +51,7 @@ def engine_parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--max-model-len", type=int, default=None, help="None: the model's own, at most 4096")
     made.add_argument("--slab-gb", type=float, default=None, help=f"None: room for the variants and {SPARE} more")
     made.add_argument("--kv-gb", type=float, default=None, help="None: what is left")
+    made.add_argument("--graph-sizes", type=int, nargs="+", default=None, help="None: the engine's own")
     return made
 
 
@@ -109,6 +110,7 @@ def engine_config(arguments: argparse.Namespace, delta: Path, variants: int, *, 
         max_model_len=arguments.max_model_len or min(4096, synthetic.SHAPES[arguments.shape].context),
         slab_bytes=slab,
         kv_cache_bytes=None if arguments.kv_gb is None else int(arguments.kv_gb * 1e9),
+        cuda_graph_sizes=None if arguments.graph_sizes is None else tuple(arguments.graph_sizes),
         cuda_graph_deltas=(str(delta),),
     )
 

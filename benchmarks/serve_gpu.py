@@ -40,8 +40,9 @@ from storage import Catalog, open_store
 
 OWNER = "bench"
 STOP_S = 45.0
-GPU_CPUS = 8
-"""Of a replica beside a GPU: as many threads bring a delta's signs into order."""
+GPU_CPUS = 4
+"""Of a replica beside a GPU: as many threads bring the signs of one delta into order. Two deltas are loaded at a time,
+and where all their threads are more than there are cores, each operation waits for the slowest."""
 SYSTEMS = {"serve": "ray serve", "engine": "engine", "direct": "ray serve, direct streaming"}
 ROOT = Path(__file__).resolve().parent.parent
 

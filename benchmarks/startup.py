@@ -6,6 +6,9 @@ Files are in the page cache (they have just been written, or read by the run bef
 the start had to compile, 0 when an earlier process on this machine has left them in Triton's cache. The slab holds the
 variants and nothing more, so that what is in use can be compared with base + variants + KV cache.
 
+Several of these at once, each with other --graph-sizes and little memory, compile in parallel what later runs need
+(--dry-run --settle --variants 1 --kv-gb 1 --graph-sizes 16 24 32).
+
 JSON lines `startup` and `memory` in benchmarks/results/startup.jsonl.
 """
 
@@ -22,6 +25,9 @@ import engine_cases
 def main() -> int:
     parser = engine_cases.engine_parser(__doc__)
     parser.add_argument("--variants", type=int, default=32)
+    parser.add_argument(
+        "--settle", action="store_true", help="meet every size of prompt, so that others find it compiled"
+    )
     arguments = parser.parse_args()
     with engine_cases.workplace(arguments) as work:
         return run(arguments, work)
@@ -37,6 +43,8 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
             engine, arguments.variants, engine_cases.extent_bytes(arguments.shape, delta, config)
         )
         resident = len(engine.stats().resident)
+        if arguments.settle:
+            engine_cases.timed("settled", lambda: engine_cases.settle(engine, names, 1024))
     print(f"{resident} of {arguments.variants} variants resident, loaded in {loading:.1f} s", flush=True)
     print(engine_cases.line(memory), flush=True)
     report = engine_cases.report("startup", arguments)
