@@ -1,7 +1,7 @@
 """Whole decode steps: all layers, attention, head, sampling, in one CUDA graph, next to the bytes that they must read.
 
     python benchmarks/decode.py [--shapes llama-2-7b llama-3.1-8b] [--variants 1 8 16 32 64] [--contexts 1024]
-                                [--kinds row] [--peers] [--peer-batches 1 16] [--peer-seconds 60] [--seconds 400]
+                                [--kinds row] [--peers] [--peer-batches 1 16] [--peer-seconds 90] [--seconds 400]
 
 B variants are B rows of B variants; 0 variants are the base alone, at every batch of --batches. Floor: base, each
 variant's delta and the KV cache, read once, over the bandwidth measured in this run. `naive`: one bf16 model per
@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=("row", "row_col", "lora"), default=["row"])
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--peer-seconds", type=float, default=60.0, help="of one peer at one batch, compiling included")
+    parser.add_argument("--peer-seconds", type=float, default=90.0, help="of one peer at one batch, compiling included")
     parser.add_argument("--seconds", type=float, default=400.0, help="no case is begun after them")
     parser.add_argument("--dry-run", action="store_true", help="tiny, through the interpreter: tests the benchmark")
     arguments = parser.parse_args()

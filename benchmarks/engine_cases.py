@@ -188,7 +188,7 @@ def load_all(engine: Engine, names: list[str]) -> float:
 def settle(engine: Engine, names: list[str], longest: int) -> None:
     """Meet every size of prompt, alone and beside others, so that what is compiled for it is there."""
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    sizes = [n for n in PROMPT_SIZES if n <= longest]
+    sizes = [n for n in PROMPT_SIZES if n <= min(longest, engine.context_len() - 4)]
     for size in sizes:
         engine.generate([[7] * size], params, delta=names[0])
     several = [size for size in sizes if size <= 300]

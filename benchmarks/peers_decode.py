@@ -81,9 +81,10 @@ def peft_us(shape: Shape, *, batch: int, context: int, rank: int = 16) -> float:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     # adapters in the base's dtype: PEFT makes them float32 for training otherwise
-    model = get_peft_model(model_of(shape), config, adapter_name="variant-0", autocast_adapter_dtype=False)
-    for i in range(1, batch):
-        model.add_adapter(f"variant-{i}", config, autocast_adapter_dtype=False)
+    with torch.device(gpu_timing.device()):  # thousands of small matrices: made where they will be
+        model = get_peft_model(model_of(shape), config, adapter_name="variant-0", autocast_adapter_dtype=False)
+        for i in range(1, batch):
+            model.add_adapter(f"variant-{i}", config, autocast_adapter_dtype=False)
     model = model.eval()
     step = step_of(model, shape, batch=batch, context=context, adapters=[f"variant-{i}" for i in range(batch)])
     for _ in range(2):
