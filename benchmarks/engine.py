@@ -31,7 +31,7 @@ import torch
 from arrivals import Ask, Offered, make_load, play, summary
 from engine_cases import WATCH
 
-from bitdelta_core import Engine, GenerationRequest, SamplingParams
+from bitdelta_core import Engine, GenerationRequest, SamplingParams, TokenEvent
 
 PAUSE_S = 0.2
 """Between two requests for variants that are not resident."""
@@ -50,11 +50,18 @@ def ask(engine: Engine, name: str) -> Ask:
             params=SamplingParams(temperature=0, max_tokens=offered.answer, ignore_eos=True),
             delta=None if offered.variant < 0 else f"{name}-{offered.variant}",
         )
-        async with aclosing(engine.stream(request)) as events:
+        async with aclosing(events_of(engine, request)) as events:
             async for event in events:
                 yield len(event.token_ids)
 
     return stream
+
+
+def events_of(engine: Engine, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
+    """Closing it aborts the request."""
+    events = engine.stream(request)
+    assert isinstance(events, AsyncGenerator)
+    return events
 
 
 @dataclass
@@ -70,7 +77,7 @@ class Cold:
         for i in itertools.count():
             name, began = f"cold-{os.getpid()}-{time.time_ns()}-{i}", time.perf_counter()
             request = GenerationRequest(request_id=name, prompt_token_ids=(5,), params=params, delta=name)
-            async with aclosing(engine.stream(request)) as events:
+            async with aclosing(events_of(engine, request)) as events:
                 async for _ in events:
                     pass
             self.seconds.append(time.perf_counter() - began)

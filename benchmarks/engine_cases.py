@@ -29,6 +29,8 @@ PROMPT_SIZES = (5, 16, 24, 40, 64, 100, 128, 200, 256, 300, 400, 512, 700, 1000)
 """Tokens: whatever a prompt's size decides is met before a load."""
 FIRST_PROMPT = 128
 """Tokens of the first request after a start."""
+LITTLE_BYTES = 4e9
+"""What contexts of processes hold, and more"""
 WATCH = Watch()
 IMPORTS_S = process_age()
 """What this process had taken when everything was imported."""
@@ -88,6 +90,16 @@ def timed(what: str, work: Callable[[], object]) -> None:
     began = time.perf_counter()
     work()
     print(f"{what} in {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def wait_for_memory(patience_s: float = 30.0) -> None:
+    """Until the device holds little: a server that has just ended gives its memory back a moment later."""
+    deadline = time.monotonic() + patience_s
+    while torch.cuda.is_available() and time.monotonic() < deadline:
+        free, total = torch.cuda.mem_get_info()
+        if total - free < LITTLE_BYTES:
+            return
+        time.sleep(0.2)
 
 
 def extent_bytes(shape: str, delta: Path, config: EngineConfig) -> int:

@@ -120,7 +120,7 @@ def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path, startup_
     deadline = time.monotonic() + startup_s
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(url, timeout=2).status_code == 200:
+            if httpx.get(url, timeout=2, trust_env=False).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -194,6 +194,7 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
         if arguments.budget is not None and engine_cases.process_age() > arguments.budget:
             print(f"the time was used up: {system} was left out", flush=True)
             continue
+        engine_cases.wait_for_memory()
         try:
             result = one_system(system, arguments, base, deltas, config, here)
         except NotUp as error:
