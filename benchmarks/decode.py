@@ -1,22 +1,27 @@
 """Whole decode steps: all layers, attention, head, sampling, in one CUDA graph, next to the bytes that they must read.
 
-    python benchmarks/decode.py [--shapes llama-2-7b llama-3.1-8b] [--variants 0 1 8 16 32 64] [--contexts 1024]
-                                [--kinds row] [--peers] [--seconds 400]
+    python benchmarks/decode.py [--shapes llama-2-7b llama-3.1-8b] [--variants 1 8 16 32 64] [--contexts 1024]
+                                [--kinds row] [--peers] [--peer-batches 1 16] [--peer-seconds 90] [--seconds 400]
 
 B variants are B rows of B variants; 0 variants are the base alone, at every batch of --batches. Floor: base, each
 variant's delta and the KV cache, read once, over the bandwidth measured in this run. `naive`: one bf16 model per
 variant, one after the other (as many steps of batch 1; how they would fit into memory is left aside). With --peers:
-transformers with a static cache and torch.compile on the base, and PEFT's mixed batch of LoRAs beside ours. One JSON
-line per step in benchmarks/results/decode.jsonl.
+transformers with a static cache and torch.compile on the base, and PEFT's mixed batch of LoRAs beside ours. A peer that
+fails, or takes longer than --peer-seconds to be ready, is said so and left out. One JSON line per step in
+benchmarks/results/decode.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import gpu_timing
 import peers_decode
@@ -49,6 +54,46 @@ class Run:
         return False
 
 
+@dataclass(frozen=True)
+class Peers:
+    """At which batches others are measured, and how long one may take."""
+
+    batches: Sequence[int]
+    seconds: float
+
+    def measured(self, run: Run, rows: int, call: Callable[[], float]) -> dict[int, float]:
+        """Microseconds by rows; nothing, said aloud, where the peer did not get that far. It is others' code."""
+        if run.over():
+            return {}
+        began = time.monotonic()
+        try:
+            with _limited(self.seconds):
+                us = call()
+        except Exception as error:
+            print(f"PEER FAILED at {rows} rows: {type(error).__name__}: {str(error)[:500]}", flush=True)
+            return {}
+        finally:
+            peers_decode.free()
+        print(f"a peer at {rows} rows: {us:.1f} us, measured in {time.monotonic() - began:.1f} s", flush=True)
+        return {rows: us}
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside when it takes longer; seen between two instructions of the interpreter."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measure(run: Run, world: World, kind: str, rows: int, variants: int, peers: dict[str, float]) -> dict[int, float]:
     """Microseconds by context."""
     found: dict[int, float] = {}
@@ -71,12 +116,14 @@ def measure(run: Run, world: World, kind: str, rows: int, variants: int, peers: 
     return found
 
 
-def base_alone(run: Run, batches: list[int], peers: bool) -> dict[int, float]:
+def base_alone(run: Run, batches: list[int], peers: Peers) -> dict[int, float]:
     """The base's own steps. Returns batch 1's microseconds by context."""
     theirs = {}
-    if peers:
-        for rows in batches:
-            theirs[rows] = peers_decode.transformers_us(run.shape, batch=rows, context=run.contexts[0])
+    for rows in batches:
+        if rows in peers.batches:
+            theirs |= peers.measured(
+                run, rows, partial(peers_decode.transformers_us, run.shape, batch=rows, context=run.contexts[0])
+            )
     world = World(run.shape, None, 0, run.dtype)
     one: dict[int, float] = {}
     for rows in batches:
@@ -86,7 +133,7 @@ def base_alone(run: Run, batches: list[int], peers: bool) -> dict[int, float]:
     return one
 
 
-def variants_of(run: Run, kind: Kind, counts: list[int], naive_us: dict[int, float], peers: bool) -> None:
+def variants_of(run: Run, kind: Kind, counts: list[int], naive_us: dict[int, float], peers: Peers) -> None:
     """B rows of B variants."""
     world = World(run.shape, kind, max(counts), run.dtype)
     memory = torch.cuda.memory_allocated() if gpu_timing.device().type == "cuda" else 0
@@ -101,14 +148,15 @@ def variants_of(run: Run, kind: Kind, counts: list[int], naive_us: dict[int, flo
             + world.variants * world.layout.nbytes,
         }
     )
-    mixed = {}
-    if peers and kind == "lora":
-        mixed = {"peft mixed batch": peers_decode.peft_us(run.shape, batch=16, context=run.contexts[0])}
     for count in counts:
         if run.over():
             return
         beside = {f"naive, {count} models": count * naive_us[run.contexts[0]]} if run.contexts[0] in naive_us else {}
-        measure(run, world, kind, count, count, beside | (mixed if count == 16 else {}))
+        if kind == "lora" and count in peers.batches and count > 1:
+            theirs = partial(peers_decode.peft_us, run.shape, batch=count, context=run.contexts[0])
+            found = peers.measured(run, count, theirs)
+            beside |= {"peft mixed batch": found[count]} if found else {}
+        measure(run, world, kind, count, count, beside)
 
 
 def main() -> int:
@@ -119,7 +167,9 @@ def main() -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 512, 4096], help="the first is the peers'")
     parser.add_argument("--kinds", nargs="+", choices=("row", "row_col", "lora"), default=["row"])
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--peer-seconds", type=float, default=90.0, help="of one peer at one batch, compiling included")
+    parser.add_argument("--seconds", type=float, default=400.0, help="no case is begun after them")
     parser.add_argument("--dry-run", action="store_true", help="tiny, through the interpreter: tests the benchmark")
     arguments = parser.parse_args()
     dry = arguments.dry_run
@@ -128,10 +178,11 @@ def main() -> int:
     until = time.monotonic() + arguments.seconds
     for name in ["tiny"] if dry else arguments.shapes:
         run = Run(report, name, dtype, [24] if dry else arguments.contexts, until)
-        naive_us = base_alone(run, [1] if dry else arguments.batches, arguments.peers)
+        peers = Peers(() if not arguments.peers else (1, 2) if dry else arguments.peer_batches, arguments.peer_seconds)
+        naive_us = base_alone(run, [1] if dry else arguments.batches, peers)
         _free()
         for kind in arguments.kinds:
-            variants_of(run, kind, [2] if dry else arguments.variants, naive_us, arguments.peers)
+            variants_of(run, kind, [2] if dry else arguments.variants, naive_us, peers)
             _free()
     return 1 if report.failed else 0
 

@@ -39,7 +39,7 @@ class RandomDelta:
 
     def part(self, entry: TensorEntry, part: str) -> torch.Tensor:
         dtype, shape = entry.parts()[part]
-        return synthetic.random_part(dtype, shape, torch.Generator().manual_seed(0))
+        return synthetic.random_part(dtype, shape, torch.Generator(synthetic.device()).manual_seed(0))
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype) -> Weights:

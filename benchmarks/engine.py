@@ -1,11 +1,14 @@
 """The bare engine under offered load: tokens per second, time to first token, gaps between tokens.
 
-    python benchmarks/engine.py [--shape llama-2-7b] [--variants 1 8 32 64] [--rates 4 8 16] [--seconds 20]
+    python benchmarks/engine.py [--shape llama-2-7b] [--variants 8 32 64] [--rates 8] [--seconds 15]
 
 A base of random weights and one delta of random numbers, known under as many names as there are variants: every name
 has its own bytes in the slab. Each count of variants runs at every rate, and once more with other variants being asked
-for in the background all the time, so that deltas are loaded (and evicted) while the rest computes. The same requests
-are played at each count. One JSON line per run in benchmarks/results/engine.jsonl.
+for in the background all the time, so that deltas are loaded (and evicted) while the rest computes: `itl_p99_ratio` is
+the 99th percentile of gaps then over that without. The same lengths arrive at the same times in both, with other
+tokens, so that none is found in the prefix cache. A run lasts as long as requests arrive; the rest is given up.
+
+One JSON line per run in benchmarks/results/engine.jsonl.
 """
 
 from __future__ import annotations
@@ -16,113 +19,169 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import engine_cases
-import gpu_timing
 import synthetic
-from arrivals import Offered, make_load, play, summary
+import torch
+from arrivals import Ask, Offered, make_load, play, summary
+from engine_cases import WATCH
 
-from bitdelta_core import Engine, GenerationRequest, SamplingParams
+from bitdelta_core import Engine, GenerationRequest, SamplingParams, TokenEvent
 
-COLD_PERIOD_S = 0.2
+PAUSE_S = 0.2
 """Between two requests for variants that are not resident."""
+CONTENT = itertools.count(1)
+"""Numbers of loads: no two have the same prompts."""
 
 
-def ask(engine: Engine, name: str) -> Any:
+def ask(engine: Engine, name: str) -> Ask:
     """How one request of a load is put to the engine; variant i is called `<name>-<i>`."""
-    numbers = itertools.count()
+    numbers, run = itertools.count(), time.time_ns()
 
-    async def stream(offered: Offered) -> AsyncIterator[int]:
+    async def stream(offered: Offered) -> AsyncGenerator[int]:
         request = GenerationRequest(
-            request_id=f"{name}-{next(numbers)}",
+            request_id=f"{name}-{run}-{next(numbers)}",
             prompt_token_ids=offered.prompt,
             params=SamplingParams(temperature=0, max_tokens=offered.answer, ignore_eos=True),
             delta=None if offered.variant < 0 else f"{name}-{offered.variant}",
         )
-        async for event in engine.stream(request):
-            yield len(event.token_ids)
+        async with aclosing(events_of(engine, request)) as events:
+            async for event in events:
+                yield len(event.token_ids)
 
     return stream
 
 
-async def keep_loading(engine: Engine) -> None:
-    """Ask for one token of a variant that nobody had before, again and again."""
-    for i in itertools.count():
+def events_of(engine: Engine, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
+    """Closing it aborts the request."""
+    events = engine.stream(request)
+    assert isinstance(events, AsyncGenerator)
+    return events
+
+
+@dataclass
+class Cold:
+    """Requests for variants that nobody had before, one after the other."""
+
+    seconds: list[float] = field(default_factory=list)
+    """From asking to the only token, of each"""
+
+    async def keep_asking(self, engine: Engine) -> None:
+        """Until it is cancelled. Raises what the engine does."""
         params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-        request = GenerationRequest(
-            request_id=f"cold-{os.getpid()}-{i}", prompt_token_ids=(5,), params=params, delta=f"cold-{time.time_ns()}"
-        )
-        async for _ in engine.stream(request):
-            pass
-        await asyncio.sleep(COLD_PERIOD_S)
+        for i in itertools.count():
+            name, began = f"cold-{os.getpid()}-{time.time_ns()}-{i}", time.perf_counter()
+            request = GenerationRequest(request_id=name, prompt_token_ids=(5,), params=params, delta=name)
+            async with aclosing(events_of(engine, request)) as events:
+                async for _ in events:
+                    pass
+            self.seconds.append(time.perf_counter() - began)
+            await asyncio.sleep(PAUSE_S)
 
 
-async def measure(engine: Engine, load: list[Offered], *, cold: bool) -> dict[str, Any]:
+async def measure(engine: Engine, load: list[Offered], *, seconds: float, cold: bool) -> dict[str, Any]:
     """Play a load once, optionally while others load."""
-    before = engine.stats()
-    background = asyncio.create_task(keep_loading(engine)) if cold else None
-    timings = await play(load, ask(engine, "variant"))
+    before, seen, others = engine.stats(), WATCH.counts(), Cold()
+    background = asyncio.create_task(others.keep_asking(engine)) if cold else None
+    timings = await play(load, ask(engine, "variant"), until=seconds)
+    found = {**summary(timings, seconds), "cold_error": ""}
     if background is not None:
+        if background.done():
+            found |= {"cold_error": str(background.exception()), "failed": found["failed"] + 1}
         background.cancel()
-        with suppress(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError, Exception):
             await background
     after = engine.stats()
     return {
-        **summary(timings),
+        **found,
+        "cold_requests": len(others.seconds),
+        "cold_s_p50": round(sorted(others.seconds)[len(others.seconds) // 2], 3) if others.seconds else None,
         "delta_loads": after.delta_loads_total - before.delta_loads_total,
         "delta_evictions": after.delta_evictions_total - before.delta_evictions_total,
         "preemptions": after.preemptions_total - before.preemptions_total,
         "steps": after.steps_total - before.steps_total,
+        **WATCH.since(seen),
     }
 
 
-def warm_up(engine: Engine, variants: int) -> None:
-    """Load every variant that the load asks for, so that cold starts are only those that are meant."""
-    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    for i in range(variants):
-        engine.generate([[5, 6, 7]], params, delta=f"variant-{i}")
+def warm_up(engine: Engine, variants: int, longest: int) -> None:
+    """Load every variant that the load asks for, and compile what it needs: cold starts are those that are meant."""
+    names = [f"variant-{i}" for i in range(variants)]
+    loading = engine_cases.load_all(engine, names)
+    began, before = time.perf_counter(), WATCH.counts()
+    engine_cases.settle(engine, names, longest)
+    settling = time.perf_counter() - began
+    print(
+        f"{variants} variants: loaded in {loading:.1f} s, settled in {settling:.1f} s, {WATCH.since(before)}",
+        flush=True,
+    )
 
 
 def main() -> int:
     parser = engine_cases.engine_parser(__doc__)
-    parser.add_argument("--variants", type=int, nargs="+", default=[1, 8, 32, 64])
+    engine_cases.add_load(parser)
+    parser.add_argument("--variants", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--rates", type=float, nargs="+", default=[8.0])
     parser.add_argument("--arrival", choices=("poisson", "gamma"), default="poisson")
+    parser.add_argument(
+        "--switch-interval-ms", type=float, default=None, help="how long a thread may keep the interpreter; Python: 5"
+    )
+    parser.add_argument("--budget", type=float, default=None, help="seconds after which no further run is begun")
     arguments = parser.parse_args()
+    if arguments.switch_interval_ms is not None:
+        sys.setswitchinterval(arguments.switch_interval_ms / 1e3)
     with engine_cases.workplace(arguments) as work:
         return run(arguments, work)
 
 
 def run(arguments: argparse.Namespace, work: Path) -> int:
-    shape = synthetic.SHAPES[arguments.shape]
     base, delta = engine_cases.on_disk(arguments.shape, arguments.kind, work)
-    report = gpu_timing.Report("engine", arguments.dry_run, gpu_timing.read_bandwidth())
-    begun = time.perf_counter()
-    with Engine(base, engine_cases.engine_config(arguments), lambda sha256: nullcontext(delta)) as engine:
-        print(f"started in {time.perf_counter() - begun:.1f} s\n{engine.memory.table()}", flush=True)
+    most = max(arguments.variants)
+    config = engine_cases.engine_config(arguments, delta, most)
+    with engine_cases.started(base, config, lambda sha256: nullcontext(delta), "variant-0") as (engine, start):
+        report = engine_cases.report("engine", arguments)
+        report.write({"shape": arguments.shape, "kind": arguments.kind, **start})
         failed = 0
-        for variants in arguments.variants:
-            warm_up(engine, variants)
-            for rate, cold in itertools.product(arguments.rates, (False, True)):
-                load = make_load(
-                    seconds=arguments.seconds,
-                    rate=rate,
-                    variants=variants,
-                    vocabulary=shape.vocabulary,
-                    arrival=arguments.arrival,
-                    longest=arguments.longest,
-                )
-                case = {"shape": arguments.shape, "kind": arguments.kind, "variants": variants, "rate": rate}
-                case |= {"arrival": arguments.arrival, "cold_loads": cold}
-                result = asyncio.run(measure(engine, load, cold=cold))
-                failed += result["failed"]
-                report.write({**case, **result})
-                print("  ".join(f"{k}={v}" for k, v in {**case, **result}.items()), flush=True)
+        for variants in sorted(arguments.variants):
+            warm_up(engine, variants, arguments.longest)
+            for rate in arguments.rates:
+                if arguments.budget is not None and engine_cases.process_age() > arguments.budget:
+                    print(f"the time was used up: {variants} variants at {rate}/s were left out", flush=True)
+                    continue
+                failed += pair(report, engine, arguments, variants, rate)
     return 1 if failed else 0
+
+
+def pair(report: Any, engine: Engine, arguments: argparse.Namespace, variants: int, rate: float) -> int:
+    """The same load without and with others loading. Returns how many requests failed."""
+    case = {"shape": arguments.shape, "kind": arguments.kind, "variants": variants, "rate": rate}
+    case |= {"arrival": arguments.arrival, "switch_interval_ms": 1e3 * sys.getswitchinterval()}
+    case |= {"threads": torch.get_num_threads()}
+    failed, quiet_ms = 0, None
+    for cold in (False, True):
+        load = make_load(
+            seconds=arguments.seconds,
+            rate=rate,
+            variants=variants,
+            vocabulary=synthetic.SHAPES[arguments.shape].vocabulary,
+            arrival=arguments.arrival,
+            longest=arguments.longest,
+            content=next(CONTENT),
+        )
+        result = asyncio.run(measure(engine, load, seconds=arguments.seconds, cold=cold))
+        failed += result["failed"]
+        record = {**case, "cold_loads": cold, **result}
+        if cold and quiet_ms and result["itl_ms_p99"]:
+            record["itl_p99_ratio"] = round(result["itl_ms_p99"] / quiet_ms, 3)
+        quiet_ms = result["itl_ms_p99"]
+        report.write(record)
+        print(engine_cases.line(record), flush=True)
+    return failed
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from synthetic import Shape
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 Step = Callable[[], torch.Tensor]
+ROOM = 64
+"""Tokens of a cache beyond the context: more than a measurement takes steps."""
 
 
 def model_of(shape: Shape) -> Any:
@@ -32,19 +34,18 @@ def model_of(shape: Shape) -> Any:
 
 
 def step_of(model: Any, shape: Shape, *, batch: int, context: int, adapters: list[str] | None = None) -> Step:
-    """One decode step of `batch` rows after `context` tokens; the cache is written in place, time after time."""
+    """One decode step of `batch` rows after `context` tokens. The cache counts its tokens itself: each call adds one,
+    and there is room for ROOM calls."""
     device, dtype = model.device, model.dtype
-    cache = StaticCache(config=model.config, max_cache_len=context + 64)
+    cache = StaticCache(config=model.config, max_cache_len=context + ROOM)
     kv = torch.randn(batch, shape.kv_heads, context, shape.hidden // shape.heads, device=device, dtype=dtype)
-    positions = torch.arange(context, device=device)
     for layer in range(shape.layers):
-        cache.update(kv, kv, layer, {"cache_position": positions})
+        cache.update(kv, kv, layer)
     token = torch.randint(3, shape.vocabulary, (batch, 1), device=device)
     position = torch.full((batch, 1), context, device=device)
     arguments: dict[str, Any] = {
         "input_ids": token,
         "position_ids": position,
-        "cache_position": torch.tensor([context], device=device),
         "past_key_values": cache,
         "use_cache": True,
         "return_dict": True,
@@ -67,10 +68,10 @@ def transformers_us(shape: Shape, *, batch: int, context: int, compiled: bool = 
     step = step_of(model, shape, batch=batch, context=context)
     for _ in range(4):  # compiles, and records its graphs
         step()
-    elapsed = gpu_timing.stream_us(step, repeats=15)
-    del model, step
-    _free()
-    return elapsed
+    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    if skips:
+        print(f"torch.compile recorded no CUDA graph, {skips} times", flush=True)
+    return gpu_timing.stream_us(step, repeats=15)
 
 
 def peft_us(shape: Shape, *, batch: int, context: int, rank: int = 16) -> float:
@@ -79,20 +80,20 @@ def peft_us(shape: Shape, *, batch: int, context: int, rank: int = 16) -> float:
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-    model = get_peft_model(model_of(shape), config, adapter_name="variant-0")
-    for i in range(1, batch):
-        model.add_adapter(f"variant-{i}", config)
+    # adapters in the base's dtype: PEFT makes them float32 for training otherwise
+    with torch.device(gpu_timing.device()):  # thousands of small matrices: made where they will be
+        model = get_peft_model(model_of(shape), config, adapter_name="variant-0", autocast_adapter_dtype=False)
+        for i in range(1, batch):
+            model.add_adapter(f"variant-{i}", config, autocast_adapter_dtype=False)
     model = model.eval()
     step = step_of(model, shape, batch=batch, context=context, adapters=[f"variant-{i}" for i in range(batch)])
     for _ in range(2):
         step()
-    elapsed = gpu_timing.stream_us(step, repeats=5)
-    del model, step
-    _free()
-    return elapsed
+    return gpu_timing.stream_us(step, repeats=5)
 
 
-def _free() -> None:
+def free() -> None:
+    """What a peer has left on the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.compiler.reset()

@@ -20,6 +20,7 @@ from charts import Chart, Series
 
 HERE = Path(__file__).parent
 Record = dict[str, Any]
+LATENCY = ("TTFT p50 / p99, ms", "gap p50 / p99, ms")
 
 
 class Results:
@@ -28,20 +29,16 @@ class Results:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def latest(self, name: str, keys: Sequence[str]) -> list[Record]:
-        """The last record of each combination of keys, in order of first appearance."""
+    def latest(self, name: str, keys: Sequence[str], *, case: str | None = None) -> list[Record]:
+        """The last record of each combination of keys, in order of first appearance. `case`: what the line is about,
+        where it is not what the benchmark is for."""
         file = self._directory / f"{name}.jsonl"
         found: dict[tuple[Any, ...], Record] = {}
         for line in file.read_text().splitlines() if file.exists() else []:
             record = json.loads(line)
-            if "wrong" not in record and record.get("case") != "memory":
+            if "wrong" not in record and record.get("case") == case:
                 found[tuple(record.get(key) for key in ("device", *keys))] = record
         return list(found.values())
-
-    def memory(self) -> list[Record]:
-        file = self._directory / "decode.jsonl"
-        lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
-        return [record for record in lines if record.get("case") == "memory"]
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -101,42 +98,92 @@ def others_table(results: Results) -> str:
 
 def engine_table(results: Results) -> str:
     records = results.latest("engine", ("shape", "kind", "variants", "rate", "arrival", "cold_loads"))
-    heads = ("model", "variants", "requests/s", "arrivals", "others load", "tokens/s", "TTFT p50 / p99, ms")
+    heads = ("model", "variants", "requests/s", "arrivals", "loads meanwhile", "tokens/s", "decoding", *LATENCY)
     rows = [
         (
-            r["shape"], r["variants"], r["rate"], r["arrival"], r["delta_loads"] if r["cold_loads"] else "no",
-            r["tokens_per_s"], f"{r['ttft_ms_p50']} / {r['ttft_ms_p99']}", f"{r['itl_ms_p50']} / {r['itl_ms_p99']}",
-            r["longest_gap_ms"],
+            r["shape"], r["variants"], r["rate"], r["arrival"], r["delta_loads"] if r["cold_loads"] else "none",
+            r["tokens_per_s"], r["decoding"], *_latency_of(r), r["longest_gap_ms"], r.get("itl_p99_ratio", ""),
+            _notes(r),
         )
         for r in records
     ]  # fmt: skip
-    return _with_stamp((*heads, "gap p50 / p99, ms", "longest gap"), rows, records)
+    return _with_stamp((*heads, "longest gap", "gap p99 over that without loads", "notes"), rows, records)
 
 
 def serve_table(results: Results) -> str:
     records = results.latest("serve_gpu", ("shape", "kind", "variants", "rate", "system"))
-    heads = ("model", "variants", "requests/s", "system", "tokens/s", "TTFT p50 / p99, ms", "gap p50 / p99, ms")
+    heads = ("model", "variants", "requests/s", "system", "tokens/s", "decoding", *LATENCY, "longest gap", "notes")
     rows = [
         (
-            r["shape"], r["variants"], r["rate"], r["system"], r["tokens_per_s"],
-            f"{r['ttft_ms_p50']} / {r['ttft_ms_p99']}", f"{r['itl_ms_p50']} / {r['itl_ms_p99']}",
+            r["shape"], r["variants"], r["rate"], r["system"], r["tokens_per_s"], r["decoding"], *_latency_of(r),
+            r["longest_gap_ms"], _notes(r),
         )
         for r in records
     ]  # fmt: skip
     return _with_stamp(heads, rows, records)
+
+
+def _latency_of(record: Record) -> tuple[str, str]:
+    """For the columns LATENCY."""
+    ttft, gaps = (f"{record[f'{name}_p50']} / {record[f'{name}_p99']}" for name in ("ttft_ms", "itl_ms"))
+    return ttft, gaps
+
+
+def _notes(record: Record) -> str:
+    """What makes a run worth less than its figures say."""
+    said = {
+        "failed": "{} failed",
+        "compiled": "{} kernels compiled",
+        "captured": "{} steps captured",
+        "preemptions": "{} preempted",
+        "without_a_token": "{} not begun",
+    }
+    return ", ".join(text.format(record[name]) for name, text in said.items() if record.get(name))
 
 
 def load_table(results: Results) -> str:
     records = results.latest("load", ("base", "kind"))
-    heads = ("base", "deltas", "MB", "disk to slab, s", "filling, GB/s", "pinned to slab, GB/s", "of a plain copy")
+    heads = ("base", "deltas", "MB", "disk to slab, s", "opening, s", "filling, GB/s", "pinned to slab, GB/s")
     rows = [
         (
-            r["base"], r["kind"], f"{r['nbytes'] / 1e6:.0f}", r["disk_to_slab_s"], r["fill_gb_per_s"],
+            r["base"], r["kind"], f"{r['nbytes'] / 1e6:.0f}", r["disk_to_slab_s"], r["open_s"], r["fill_gb_per_s"],
             r["stage_gb_per_s"], r["stage_of_copy"],
         )
         for r in records
     ]  # fmt: skip
-    return _with_stamp(heads, rows, records)
+    return _with_stamp((*heads, "of a plain copy"), rows, records)
+
+
+def startup_table(results: Results) -> str:
+    records = results.latest("startup", ("shape", "kind"), case="startup")
+    stages = ("imports", "device", "weights", "hash", "tokenizer", "memory_plan", "memory", "self_check", "graphs")
+    heads = ("model", "to the first token, s", *(f"{stage.replace('_', ' ')}, s" for stage in stages))
+    rows = [
+        (
+            r["shape"], r["engine_to_first_token_s"], *(f"{r.get(f'{stage}_s', 0.0):.2f}" for stage in stages),
+            f"{r['first_token_s']:.2f}", f"{r['first_token_of_a_variant_s']:.2f}", r["compiled"],
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp((*heads, "request, s", "variant's request, s", "kernels compiled"), rows, records)
+
+
+def memory_table(results: Results) -> str:
+    records = results.latest("startup", ("shape", "kind", "variants"), case="memory")
+    heads = ("model", "deltas", "variants", "base, GB", "deltas, GB", "KV cache, GB", "together, GB", "in use, GB")
+    rows = [
+        (
+            r["shape"], r["kind"], r["variants"], _gb(r["base_bytes"]), _gb(r["variants"] * r["delta_bytes"]),
+            _gb(r["kv_bytes"]), _gb(r["needed_bytes"]), _gb(r["used_bytes"]), _gb(r["work_bytes"]),
+            _gb(r["graph_bytes"]), _gb(r["rest_bytes"]), f"{100 * r['rest_of_needed']:.1f} %",
+        )
+        for r in records
+    ]  # fmt: skip
+    return _with_stamp((*heads, "working, GB", "graphs, GB", "all else, GB", "all else"), rows, records)
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f}"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -146,6 +193,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "engine": engine_table,
     "serve": serve_table,
     "load": load_table,
+    "startup": startup_table,
+    "memory": memory_table,
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,8 @@ from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
 
 Kind = Literal["tensor", "row", "row_col", "lora", "dense"]
+NO_BASE = "0" * 64
+"""The hash of weights that are in no file."""
 
 
 @dataclass(frozen=True)
@@ -75,31 +79,45 @@ SHAPES = {
 
 
 def write_base(shape: Shape, out: Path, *, seed: int = 0, layers_per_file: int = 4) -> Path:
-    """A Hugging Face checkpoint in bfloat16, sharded. Made on the GPU where there is one."""
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(shape.config(), indent=1))
-    _write_tokenizer(out, shape.vocabulary)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(seed)
+    """A Hugging Face checkpoint in bfloat16, sharded. Made on the GPU where there is one, several files at a time.
+
+    It appears whole: what a run that was stopped has left is made anew.
+    """
+    work = out.with_name(out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (work / "config.json").write_text(json.dumps(shape.config(), indent=1))
+    _write_tokenizer(work, shape.vocabulary)
     files: dict[str, list[str]] = {}
     parameters = Parameters.of(shape.model())
     for name in (*parameters.linears, *parameters.vectors):
         layer = int(name.split(".")[2]) if ".layers." in name else -1
         files.setdefault(f"model-{layer // layers_per_file + 1:02d}.safetensors", []).append(name)
-    for file, names in files.items():
-        save_file({n: _values(parameters, n, generator) for n in names}, out / file, metadata={"format": "pt"})
+
+    def write_file(item: tuple[int, tuple[str, list[str]]]) -> None:
+        index, (file, names) = item
+        generator = torch.Generator(device()).manual_seed(seed * 1000 + index)
+        save_file({n: _values(parameters, n, generator) for n in names}, work / file, metadata={"format": "pt"})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_file, enumerate(files.items())))
     index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    (work / "model.safetensors.index.json").write_text(json.dumps(index))
+    work.rename(out)
     return out
 
 
+def device() -> torch.device:
+    """Where random numbers are made."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _values(parameters: Parameters, name: str, generator: torch.Generator) -> torch.Tensor:
-    device = generator.device
     if (span := parameters.vectors.get(name)) is not None:
         return torch.ones(span.stop - span.start, dtype=torch.bfloat16)
     place = parameters.linears[name]
-    values = torch.randn(place.rows, place.columns, generator=generator, device=device)
-    return (values / math.sqrt(place.columns)).to("cpu", torch.bfloat16)
+    values = torch.randn(place.rows, place.columns, generator=generator, device=generator.device)
+    return (values / math.sqrt(place.columns)).to(torch.bfloat16).cpu()  # to 16 bits before it goes over the bus
 
 
 def _write_tokenizer(out: Path, size: int) -> None:
@@ -134,26 +152,31 @@ def entries(
 
 
 def random_part(dtype: torch.dtype, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Random bits for packed values, small numbers for scales and factors."""
+    """Random bits for packed values, small numbers for scales and factors; made on the generator's device."""
+    where = generator.device
     if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return (torch.rand(shape, generator=generator) * 0.01 + 0.001).to(dtype)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=where).cpu()
+    return (torch.rand(shape, generator=generator, device=where) * 0.01 + 0.001).to(dtype).cpu()
 
 
-def write_delta(base: Path, out: Path, kind: Kind, *, seed: int = 0, planes: int = 1, rank: int = 16) -> Path:
-    """A delta of random numbers for a checkpoint."""
-    checkpoint = Checkpoint(base)
-    found = sorted(
-        entries(ModelConfig.from_hf(checkpoint.config), kind, planes=planes, rank=rank), key=lambda e: e.name
-    )
+def write_delta(
+    base: Path | ModelConfig, out: Path, kind: Kind, *, seed: int = 0, planes: int = 1, rank: int = 16
+) -> Path:
+    """A delta of random numbers for a checkpoint; or for a model of which there are no files, with NO_BASE's hash."""
+    model, sha256, name = base, NO_BASE, ""
+    if isinstance(base, Path):
+        checkpoint = Checkpoint(base)
+        model, sha256, name = ModelConfig.from_hf(checkpoint.config), checkpoint.sha256(), base.name
+    assert isinstance(model, ModelConfig)
+    found = sorted(entries(model, kind, planes=planes, rank=rank), key=lambda e: e.name)
     config = DeltaConfig(
-        base_sha256=checkpoint.sha256(),
+        base_sha256=sha256,
         codec="lora" if kind == "lora" else "dense" if kind == "dense" else "bitdelta",
         tensors={entry.name: entry for entry in found},
         files={},
-        base_model_name_or_path=base.name,
+        base_model_name_or_path=name,
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device()).manual_seed(seed)
     parts = (
         (e, {part: random_part(dtype, shape, generator) for part, (dtype, shape) in e.parts().items()}) for e in found
     )

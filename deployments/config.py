@@ -81,6 +81,9 @@ class AppConfig(BaseSettings):
     decoder: Literal["auto", "device", "torch"] | None = None
     enforce_eager: bool | None = None
     cuda_graph_sizes: tuple[int, ...] | None = None
+    cuda_graph_deltas: tuple[Path, ...] = ()
+    """Directories of deltas like those that will be asked for, at the same place on every node: steps for such are
+    captured at the start, not when a request first needs them."""
     async_scheduling: bool | None = None
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=1)
@@ -136,6 +139,7 @@ class AppConfig(BaseSettings):
     def absolute(self) -> Self:
         """The same with paths that mean the same in every process of this machine."""
         paths = {"base": self.base.resolve(), "cache_dir": self.cache_path.resolve()}
+        paths |= {"cuda_graph_deltas": tuple(path.resolve() for path in self.cuda_graph_deltas)}
         return self.model_copy(update={**paths, "repo": open_store(repository_uri(self.repo)).uri})
 
     def keys(self) -> tuple[HashedKey, ...]:
@@ -151,4 +155,5 @@ class AppConfig(BaseSettings):
             "kv_cache_bytes seed"
         )
         given = {name: getattr(self, name) for name in names.split()}
+        given |= {"cuda_graph_deltas": tuple(map(str, self.cuda_graph_deltas))}
         return {name: value for name, value in given.items() if value is not None}

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bitdelta_core.errors import BitDeltaError
+from bitdelta_core.version import VERSION
 from deployments import cards, chat, completions, metrics_text, sse
 from deployments.auth import ANYBODY, Account, authenticate
 from deployments.calls import DetokenizeCall, Target, TokenizeCall
@@ -36,7 +37,6 @@ from deployments.openai_api import (
 )
 from deployments.openai_responses import Answer, DetokenizeAnswer, TokenizeAnswer
 from deployments.requests import chat_call, completion_calls
-from deployments.version import VERSION
 from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +24,7 @@ from bitdelta_core.delta.sidecars import sidecars
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.delta.spectral import Coded
 from bitdelta_core.errors import InvalidRequest
+from bitdelta_core.version import VERSION
 
 _ENTRY_BYTES, _DELTA_BYTES = 1100, 4000
 """Metadata of one entry (its JSON, the headers of its parts) and of a delta, at most."""
@@ -129,7 +129,7 @@ class Plan:
             tensors={entry.name: entry for entry in self.exact},
             files={},
             provenance={
-                "writer": f"bitdelta {version('bitdelta')}",
+                "writer": f"bitdelta {VERSION}",
                 "finetune": fine.path.resolve().name,
                 "finetune_sha256": fine.sha256(),
                 "finetune_bytes_16bit": 2 * count_parameters(parameters(fine), fine.shape),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 from bitdelta_core.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from bitdelta_core.delta.pairing import Pairing
 from bitdelta_core.delta.planning import CompressOptions, Source, plan_adapter, plan_finetune
 from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter
 from bitdelta_core.errors import InvalidRequest
+from bitdelta_core.version import VERSION
 
 Progress = Callable[[int, int, str], None]
 """Called with (parameters done, parameters in all, name of the next one)."""
@@ -95,7 +95,7 @@ def delta_config(
         config_overrides=source.overrides,
         tensors={entry.name: entry for entry in source.entries},
         files={},
-        provenance={"writer": f"bitdelta {version('bitdelta')}", **source.provenance},
+        provenance={"writer": f"bitdelta {VERSION}", **source.provenance},
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from bitdelta_core.delta.planning import plan_exact
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.delta.writer import DeltaWriter, sha256_of
 from bitdelta_core.errors import DeltaFormatError, InvalidRequest
+from bitdelta_core.version import VERSION
 
 Parts = dict[str, torch.Tensor]
 
@@ -46,7 +46,7 @@ def import_published(base_path: Path, file: Path, out: Path) -> Path:
         files={},
         config_overrides=_overrides(base, tensors),
         provenance={
-            "writer": f"bitdelta {version('bitdelta')}",
+            "writer": f"bitdelta {VERSION}",
             "imported_from": file.name,
             "imported_sha256": sha256_of(file),
             "finetune_bytes_16bit": _full_bytes(base, tensors),

@@ -17,6 +17,7 @@ from bitdelta_core.engine.memory import Fixed, MemoryPlan
 from bitdelta_core.engine.residency import Tables
 from bitdelta_core.engine.runner import Runner
 from bitdelta_core.engine.slab import Slab
+from bitdelta_core.engine.startup import Stages
 from bitdelta_core.engine.torch_runner import TorchRunner
 from bitdelta_core.errors import InvalidRequest
 from bitdelta_core.models import forms
@@ -67,7 +68,9 @@ class Backend(Protocol):
         """What the runner wants of a variant whose bytes are in `extent`."""
         ...
 
-    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any]) -> Parts:
+    def build(
+        self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any], stages: Stages
+    ) -> Parts:
         """Take the memory, and prepare for variants that are like the `expected` layouts."""
         ...
 
@@ -96,10 +99,13 @@ class TorchBackend:
     def weights(self, layout: Any, extent: torch.Tensor) -> Any:
         return layout.view(extent)
 
-    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any]) -> Parts:
+    def build(
+        self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any], stages: Stages
+    ) -> Parts:
         kv = self._decoder.new_kv_cache(memory.num_kv_blocks, memory.block_size)
         runner = TorchRunner(self._decoder, kv, block_size=memory.block_size, device=memory.device)
         slab = Slab(memory.slab_bytes, memory.device, max_extents=memory.slots)
+        stages.ended("memory")
         return Parts(runner, slab, None, memory)
 
 

@@ -16,6 +16,7 @@ from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.device_runner import DeviceRunner, Limits
 from bitdelta_core.engine.memory import GRAPH_RESERVE, GRAPHS_RESERVE, Fixed, MemoryPlan
 from bitdelta_core.engine.slab import Slab
+from bitdelta_core.engine.startup import Stages
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.decoder import kv_bytes_per_block
 from bitdelta_core.models.device.decoder import DeviceDecoder
@@ -77,13 +78,18 @@ class DeviceBackend:
         """The layout itself: kernels find the bytes through the tables."""
         return layout
 
-    def build(self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any]) -> Parts:
+    def build(
+        self, config: EngineConfig, memory: MemoryPlan, max_model_len: int, expected: Sequence[Any], stages: Stages
+    ) -> Parts:
         vectors_V, accelerator = self._weights.vectors_V, self._accelerator
         reserved = DeltaTables.base_bytes(vectors_V)
         slab = Slab(memory.slab_bytes, memory.device, reserved=reserved, max_extents=memory.slots)
         decoder = self._decoder(slab, memory.slots)
         kv = decoder.new_kv_cache(memory.num_kv_blocks, memory.block_size)
+        accelerator.synchronize()
+        stages.ended("memory")
         checked = _check_products(memory.device)
+        stages.ended("self-check")
         kv.blocks_LB2GSD[:, 0].zero_()  # nobody's, but padding is computed with it
         decoder.reserve(config.max_num_seqs, config.max_num_batched_tokens)
         limits = self._limits(config, max_model_len)
@@ -92,6 +98,8 @@ class DeviceBackend:
         accelerator.synchronize()  # what was written so far was not written in the order of steps
         free = accelerator.free_bytes()
         runner.warm_up([layout.kinds for layout in expected])
+        accelerator.synchronize()
+        stages.ended("graphs")
         measured = max(0, free - accelerator.free_bytes())
         if measured > memory.fixed.graph_bytes:
             log.warning(

@@ -56,12 +56,17 @@ class Engine:
             capacity=self.config.max_num_seqs + self.config.max_waiting,
             seed=self.config.seed,
         )
-        log.info("engine on %s\n%s", model_path, self.memory.table())
+        log.info("engine on %s, %s\n%s", model_path, self._base.stages.line(), self.memory.table())
 
     @property
     def memory(self) -> MemoryPlan:
         """How the device's memory is divided; `.table()` is for humans."""
         return self._base.memory
+
+    @property
+    def startup_seconds(self) -> Mapping[str, float]:
+        """How long each stage of the start took, in order."""
+        return self._base.stages.seconds
 
     @property
     def base_sha256(self) -> str:

@@ -20,6 +20,7 @@ from bitdelta_core.engine.memory import plan_memory
 from bitdelta_core.engine.residency import Residency
 from bitdelta_core.engine.scheduler import Scheduler
 from bitdelta_core.engine.sources import DeltaFiles, DeltaSource
+from bitdelta_core.engine.startup import Stages
 from bitdelta_core.engine.variants import Variant
 from bitdelta_core.engine.vocabulary import Vocabularies
 from bitdelta_core.models.config import ModelConfig
@@ -31,19 +32,25 @@ class LoadedBase:
     """What belongs to the base. Read once; only the memory plan is refined, by `build_core`."""
 
     def __init__(self, path: Path, config: EngineConfig, source: DeltaSource | None) -> None:
+        self.stages = Stages()
         checkpoint = Checkpoint(path)
         self.model = ModelConfig.from_hf(checkpoint.config)
         on_device, why = backends.choose(config, self.model)
         self.accelerator = accelerator_of(config.torch_device)
+        self.stages.ended("device")
         self.weights = _read_weights(checkpoint, self.model, config)
+        self.stages.ended("weights")
         self.backend = self._backend(on_device, why)
         self.sha256 = checkpoint.sha256()
+        self.stages.ended("hash")
         self.shapes = {name: checkpoint.shape(name) for name in checkpoint.names}
         self.files = DeltaFiles(source, retry_s=config.delta_retry_s)
         self.vocabularies = Vocabularies(path, self.files.held)
+        self.variant = _variant(self.model, self.vocabularies, None)
+        self.stages.ended("tokenizer")
         self.memory = plan_memory(config, self.backend.fixed_memory(config), decoder=self.backend.name)
         self.max_model_len = min(config.max_model_len or self.memory.kv_tokens, self.memory.kv_tokens)
-        self.variant = _variant(self.model, self.vocabularies, None)
+        self.stages.ended("memory plan")
 
     def context_len(self, config_overrides: Mapping[str, Any]) -> int:
         """Longest sequence that a variant with these overrides of config.json may have here."""
@@ -89,7 +96,7 @@ class OpenedVariant:
 def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None]) -> EngineCore:
     """Take the memory and wire the parts."""
     expected = [base.backend.layout(base.read(Path(path)).config) for path in config.cuda_graph_deltas]
-    parts = base.backend.build(config, base.memory, base.max_model_len, expected)
+    parts = base.backend.build(config, base.memory, base.max_model_len, expected, base.stages)
     base.memory = memory = parts.memory
     blocks = BlockManager(memory.num_kv_blocks, memory.block_size, prefix_caching=config.enable_prefix_caching)
     return EngineCore(

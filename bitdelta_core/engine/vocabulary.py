@@ -79,22 +79,35 @@ class Vocabularies:
                 self._kept.move_to_end(delta)
                 return self._kept[delta]
         with nullcontext() if delta is None else self._held(delta) as path:
-            vocabulary = read_vocabulary(self._base, path, delta)
+            vocabulary = read_vocabulary(self._base, path, delta, inherited=self._inherited(path))
         with self._lock:
             self._kept[delta] = vocabulary
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         return vocabulary
 
+    def _inherited(self, variant: Path | None) -> Any | None:
+        """The base's tokenizer, for a variant without one of its own. Reading it anew for each would hold the
+        interpreter, and so all running sequences, for a tenth of a second."""
+        return None if variant is None or _has_tokenizer(variant) else self.get(None).tokenizer
 
-def read_vocabulary(base: Path, variant: Path | None, delta: str | None = None) -> Vocabulary:
-    """Read from a variant's directory; what it does not carry is the base's."""
+
+def read_vocabulary(
+    base: Path, variant: Path | None, delta: str | None = None, *, inherited: Any | None = None
+) -> Vocabulary:
+    """Read from a variant's directory; what it does not carry is the base's.
+
+    Args:
+        inherited: the base's tokenizer, if it has been read already.
+    """
     from transformers import AutoTokenizer
 
-    own = variant is not None and any((variant / name).is_file() for name in TOKENIZER_FILES)
+    own = _has_tokenizer(variant)
     path = variant if own else base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = None if own else inherited
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         generation = [_read(place / GENERATION_CONFIG) for place in (variant, base) if place is not None]
         overrides = {} if variant is None else _read(variant / CONFIG_FILE).get("config_overrides", {})
         stops = _stop_ids(generation[0], overrides, generation[-1], _read(base / "config.json"))
@@ -107,6 +120,10 @@ def read_vocabulary(base: Path, variant: Path | None, delta: str | None = None) 
     if tokenizer.eos_token_id is not None:
         stops = stops | {tokenizer.eos_token_id}
     return Vocabulary(tokenizer, stops, generation[0] or generation[-1], overrides)
+
+
+def _has_tokenizer(variant: Path | None) -> bool:
+    return variant is not None and any((variant / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _stop_ids(*said: Mapping[str, Any]) -> frozenset[int]:

@@ -35,6 +35,10 @@ def serve(
     cuda_graph_sizes: Annotated[
         list[int] | None, typer.Option(help="Sequences of captured steps; may be repeated.", rich_help_panel=Engine)
     ] = None,
+    cuda_graph_deltas: Annotated[
+        list[Path] | None,
+        typer.Option(help="A delta like those to come: its steps are captured at the start.", rich_help_panel=Engine),
+    ] = None,
     async_scheduling: Annotated[
         bool | None, typer.Option(help="Launch steps while one runs.", rich_help_panel=Engine)
     ] = None,

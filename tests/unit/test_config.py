@@ -49,6 +49,8 @@ def test_engine_options_are_what_the_engine_takes() -> None:
     made = EngineConfig(**config.engine_options())
     assert (made.device, made.dtype, made.max_model_len, made.max_num_seqs) == ("cpu", "float32", 99, 3)
     assert EngineConfig(**AppConfig(base=BASE).engine_options()) == EngineConfig()
+    given = config_of({"base": BASE, "cuda_graph_deltas": [Path("/deltas/some")]})
+    assert given.engine_options()["cuda_graph_deltas"] == ("/deltas/some",)
 
 
 def test_it_travels_to_replicas_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:

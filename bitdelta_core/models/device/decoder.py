@@ -18,7 +18,7 @@ import torch
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.device.activations import Activations, Shapes
 from bitdelta_core.models.device.arena import WorkArena
-from bitdelta_core.models.device.kinds import ANYTHING, StepKinds
+from bitdelta_core.models.device.kinds import ANYTHING, UNSIGNED, StepKinds
 from bitdelta_core.models.device.kv_cache import DeviceKVCache
 from bitdelta_core.models.device.layout import widest_vocabulary
 from bitdelta_core.models.device.passes import DecodePass, Pass, WidePass, WideStep
@@ -230,7 +230,8 @@ class DeviceDecoder:
         if wide_rows:
             sizes += [(wide_rows, wanted, True) for wanted in range(min(MAX_ROWS, wide_rows) + 1)]
         least = StepKinds()
-        kinds = [StepKinds(a.layers, a.embed, b.head) for a in (least, ANYTHING) for b in (least, ANYTHING)]
+        pairs = [*product((least, ANYTHING), repeat=2), (UNSIGNED, UNSIGNED)]
+        kinds = [StepKinds(a.layers, a.embed, b.head) for a, b in pairs]
         peak = 0
         for (rows, wanted, wide_step), some in product(sizes, kinds):
             arena = WorkArena(None)

@@ -24,7 +24,10 @@ class StepKinds:
 
 
 ANYTHING = StepKinds(_ANY, _ANY, _ANY)
-"""What working memory is planned for."""
+"""What working memory is planned for, and"""
+_NO_SIGNS = replace(_ANY, signs=False, columns=False, planes=1)
+UNSIGNED = StepKinds(_NO_SIGNS, _NO_SIGNS, _NO_SIGNS)
+"""everything else: where signs are unpacked, the base's product is cut into more partial sums without them."""
 
 
 def union(kinds: Sequence[Kinds]) -> Kinds:
