@@ -64,10 +64,8 @@ class Config:
             return 1
         steps, programs = triton.cdiv(target.inputs, self.inner), self.sharing(target, width, device)
         tiles = triton.cdiv(width, self.outputs)
-        return max(
-            program_of((tile + 1) * steps - 1, programs, tiles * steps) - program_of(tile * steps, programs, tiles * steps)
-            for tile in range(tiles)
-        ) + 1
+        whose = [program_of(step, programs, tiles * steps) for step in range(tiles * steps)]
+        return max(whose[(t + 1) * steps - 1] - whose[t * steps] for t in range(tiles)) + 1
 
 
 def program_of(one: int, programs: int, total: int) -> int:
@@ -185,6 +183,7 @@ def _sign_candidates(target: Target) -> list[Config]:
     usual, found = signs_with(target, _SHARED_BYTES), []
     for spread, steps, resident in product(sorted({usual.spread, usual.warps}), (1, 2, 4), (2, 3)):
         config = replace(usual, spread=spread, tiles=steps * usual.warps // spread, resident=resident)
+        config = replace(config, registers=168 if resident == 3 else None)
         each = _bytes(replace(config, depth=2), target)
         depth = 1 + 200 * 1024 // (resident * each)
         if 3 <= depth <= 9 and (steps == 1 or spread == usual.warps):

@@ -153,7 +153,8 @@ def _signs(
     pdl, programs = launches.early(out.delta_TN), config.programs(out.delta_TN.device)
     sign_kernel[(programs,)](
         *table_arguments(deltas, target), segments_G4, *plane_arguments(planes), out.delta_TN, target.outputs, width,
-        *member_tiles(target, width), **sign_constants(target, rows, kinds, config, programs, pdl), **options(config, pdl),
+        *member_tiles(target, width), **sign_constants(target, rows, kinds, config, programs, pdl),
+        **options(config, pdl),
     )  # fmt: skip
 
 

@@ -46,32 +46,34 @@ def multiply(signs, planes, low, high):
 
 @triton.jit
 def load_planes(
-    WORDS, first, stop, p,
-    KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr,
-    ROWS: tl.constexpr,
+    WORDS, first, stop, p, start,
+    KB: tl.constexpr, STEPS: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS: STEPS of int32
-    [COPIES, SPREAD * 128], blocks of columns from FROM on, zero beyond the last. Rows beyond the last repeat it.
+    [COPIES, SPREAD * 128], blocks of columns from `start` on, zero beyond the last. Rows beyond the last repeat it.
 
-    COPIES: one, or one for each tile where each is another warp's: they would else pass from warp to warp."""
+    Args:
+        COPIES: one, or one for each tile where each is another warp's: they would else pass from warp to warp.
+        WHOLE: whether `start` is 0.
+    """
     e = tl.arange(0, SPREAD * 128)[None, :]
-    t = tl.arange(0, COPIES)[:, None]
     column = e // 16 % 8
     row = tl.minimum(first + column % ROWS, stop - 1)
     words = WORDS + row * (KB * 128) + e // 128 * 128 + (column // ROWS * ROWS + p) * 16 + e % 16
     words = tl.broadcast_to(words, (COPIES, SPREAD * 128))
     planes = ()
     for s in tl.static_range(STEPS):
-        inside = t >= 0
-        if FROM + (s + 1) * SPREAD > KB:
-            inside = inside & (e < (KB - FROM - s * SPREAD) * 128)
-        planes = planes + (tl.load(words + (FROM + s * SPREAD) * 128, mask=inside, other=0),)
+        inside = tl.arange(0, COPIES)[:, None] >= 0
+        if not WHOLE or (s + 1) * SPREAD > KB:
+            inside = inside & (e < (KB - start - s * SPREAD) * 128)
+        planes = planes + (tl.load(words + (start + s * SPREAD) * 128, mask=inside, other=0),)
     return planes
 
 
 @triton.jit
 def load_signs(
-    at, inside, KB: tl.constexpr, FROM: tl.constexpr, STEPS: tl.constexpr, SPREAD: tl.constexpr,
+    at, inside, start, KB: tl.constexpr, STEPS: tl.constexpr, SPREAD: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """STEPS of int32 [TILES, SPREAD * 128]. Where columns have ended planes are zero, and signs do not matter.
 
@@ -82,9 +84,9 @@ def load_signs(
     e = tl.arange(0, SPREAD * 128)[None, :]
     for s in tl.static_range(STEPS):
         mask = inside
-        if FROM + (s + 1) * SPREAD > KB:
-            mask = mask & (e < (KB - FROM - s * SPREAD) * 128)
-        found = tl.load(at + (FROM + s * SPREAD) * 128, mask=mask, other=0, eviction_policy="evict_first")
+        if not WHOLE or (s + 1) * SPREAD > KB:
+            mask = mask & (e < (KB - start - s * SPREAD) * 128)
+        found = tl.load(at + (start + s * SPREAD) * 128, mask=mask, other=0, eviction_policy="evict_first")
         signs = signs + (found,)
     return signs
 
@@ -113,7 +115,7 @@ def _one_row(signs, planes, STEPS: tl.constexpr, CHAINS: tl.constexpr):
 
 @triton.jit
 def _several_rows(signs, planes, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """Sums over planes p, p + ROWS and so on below 8, times 2^p; and the same from 8 on, the highest planes negative."""
+    """Sums over planes p, p + ROWS and so on below 8, times 2^p; and the same from 8 on, the highest negative."""
     low, high = _begun(signs[0].shape, ROWS), _begun(signs[0].shape, ROWS)
     for s in tl.static_range(STEPS):
         for p in tl.static_range(ROWS):
