@@ -27,6 +27,8 @@ LAYERS = 2
 """Whose attention outputs decide."""
 TEXTS, LENGTH = 4, 128
 """Of calibration text, tokens each."""
+COMPACT_GROUP = 256
+"""Largest group that is chosen for masks of several rows: a GPU reads their compact form, where a place is a byte."""
 RATIOS: Mapping[int, tuple[int, Literal[1, 2, 4]]] = {
     16: (4, 4),
     32: (4, 2),
@@ -99,7 +101,10 @@ def choose_group(pairing: Pairing, options: DropoutOptions, batches: Batches) ->
     wanted = _attention_outputs(model, ids, mask)
     names = [n for n, p in model.named_parameters() if ".self_attn." in n and n.endswith(".weight") and p.ndim == 2]
     errors: dict[int, float] = {}
-    for group in _candidates(options.alpha, max(pairing.base.shape(name)[1] for name in names)):
+    widest = max(pairing.base.shape(name)[1] for name in names)
+    if options.mask_rows > 1:
+        widest = min(widest, COMPACT_GROUP)
+    for group in _candidates(options.alpha, widest):
         tried = replace(options, group=group)
         with _replaced(model, {name: _decoded(pairing, name, tried) for name in names}):
             got = _attention_outputs(model, ids, mask)
