@@ -4,10 +4,10 @@ Neighbouring outputs share one mask (a mask block: 16 or 64 rows), which keeps e
 `group`. So a block is a dense matrix over its own V kept inputs: bits of its values are fragments as signs are
 (`kernels.fragments`), and x is gathered once for all its rows. Nothing else of the matrix is stored.
 
-The order of a block's kept inputs is free, so it is the one that costs a kernel least. Lane l of a warp gathers the inputs
-256 c + 32 j + l, j < 8: 32 lanes read neighbouring groups at a time. Its eight integers become a byte of every plane, and
-lane 4g + q's byte is byte g % 4 of word q + 4 (g // 4) of the tile column: what each plane's lane wants comes from lanes of
-the same q.
+The order of a block's kept inputs is free, so it is the one that costs a kernel least. Lane l of a warp gathers the
+inputs 256 c + 32 j + l, j < 8: 32 lanes read neighbouring groups at a time. Its eight integers become a byte of every
+plane, and lane 4g + q's byte is byte g % 4 of word q + 4 (g // 4) of the tile column: what each plane's lane wants
+comes from lanes of the same q.
 
 Shapes: N outputs, H = ceil(N / 16) tile rows, V kept inputs, C = ceil(V / 256) tile columns, M mask blocks.
 """
@@ -23,6 +23,8 @@ from kernels.fragments import TILE_COLUMNS, TILE_ROWS, pack, tiles, unpack
 
 MAX_GROUP = 256
 """A kept input is a byte: its place in its group."""
+MAX_KEPT = 32
+"""Most that are kept of a group: 32 kept inputs further on, another group begins."""
 MAX_BITS = 4
 MASK_ROWS = (16, 64)
 
@@ -32,19 +34,21 @@ class Form:
     """How one target's kept values of one variant are stored. `code` is what the device table has of it."""
 
     bits: int
-    """1 to MAX_BITS. A value is q of 0 .. 2^bits - 1 and stands for (2q - (2^bits - 1)) times its output's half step."""
+    """1 to MAX_BITS. A value q of 0 .. 2^bits - 1 stands for 2q - (2^bits - 1) of its output's half steps."""
     group: int
     """Inputs in a group: a power of two up to MAX_GROUP"""
     kept: int
-    """Of each group: a power of two up to `group`"""
+    """Of each group: a power of two up to `group` and MAX_KEPT"""
     mask_rows: int
     """Outputs that share a mask: one of MASK_ROWS"""
 
     def __post_init__(self) -> None:
         assert 1 <= self.bits <= MAX_BITS
         assert self.mask_rows in MASK_ROWS
-        assert 1 <= self.kept <= self.group <= MAX_GROUP
-        assert not (self.kept & (self.kept - 1) or self.group & (self.group - 1))
+        assert 1 <= self.kept <= min(self.group, MAX_KEPT)
+        assert self.group <= MAX_GROUP
+        assert self.kept & (self.kept - 1) == 0
+        assert self.group & (self.group - 1) == 0
 
     @property
     def code(self) -> int:

@@ -27,8 +27,9 @@ LAYERS = 2
 """Whose attention outputs decide."""
 TEXTS, LENGTH = 4, 128
 """Of calibration text, tokens each."""
-COMPACT_GROUP = 256
-"""Largest group that is chosen for masks of several rows: a GPU reads their compact form, where a place is a byte."""
+COMPACT_GROUP, COMPACT_KEPT = 256, 32
+"""Largest group, and most that are kept of one, that are chosen for masks of several rows: what a GPU reads in their
+compact form."""
 RATIOS: Mapping[int, tuple[int, Literal[1, 2, 4]]] = {
     16: (4, 4),
     32: (4, 2),
@@ -103,7 +104,7 @@ def choose_group(pairing: Pairing, options: DropoutOptions, batches: Batches) ->
     errors: dict[int, float] = {}
     widest = max(pairing.base.shape(name)[1] for name in names)
     if options.mask_rows > 1:
-        widest = min(widest, COMPACT_GROUP)
+        widest = min(widest, COMPACT_GROUP, COMPACT_KEPT * options.alpha)
     for group in _candidates(options.alpha, widest):
         tried = replace(options, group=group)
         with _replaced(model, {name: _decoded(pairing, name, tried) for name in names}):

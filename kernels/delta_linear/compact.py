@@ -46,22 +46,22 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device) -> Com
     if device.type != "cuda" or not compact_check(device).ok:
         return CompactConfig("unpack")
     found = parts.measured(key(target, rows, kinds), device)
-    return CompactConfig(**found) if found else rule(kinds)
+    return CompactConfig(**found) if found else rule(kinds, torch.cuda.get_device_capability(device) >= (9, 0))
 
 
-def rule(kinds: Kinds) -> CompactConfig:
+def rule(kinds: Kinds, hopper: bool) -> CompactConfig:
     """Without measurements: all tiles of a mask block to a warp, so that x is gathered once for it, unless its values
     would not fit into registers; then as many programs as these allow."""
     if not kinds.tall:
         return CompactConfig(tiles=1, resident=6, registers=80)
     if kinds.compact <= 2:
-        return CompactConfig(tiles=4, resident=5, registers=96)
+        return CompactConfig(resident=5, registers=96) if hopper else CompactConfig(registers=128)
     return CompactConfig(tiles=2, resident=5, registers=96)
 
 
-def candidates(kinds: Kinds) -> list[CompactConfig]:
+def candidates(kinds: Kinds, hopper: bool = True) -> list[CompactConfig]:
     """For a benchmark's sweep, the rule's choice first."""
-    found = [rule(kinds), CompactConfig(tiles=1, resident=8, registers=64)]
+    found = [rule(kinds, hopper), CompactConfig(tiles=1, resident=8, registers=64)]
     if kinds.tall:
         found += [CompactConfig(tiles=2, resident=6, registers=80), CompactConfig(tiles=4, resident=4, registers=128)]
     else:

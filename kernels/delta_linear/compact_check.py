@@ -1,4 +1,4 @@
-"""Whether products with kept values come out right on this device with this compiler, as `self_check` does for signs."""
+"""Whether products with kept values come out right on this device with this compiler: `self_check` is of signs."""
 
 # Triton's launchers take options that a kernel's signature does not have:
 # pyright: reportCallIssue=false, reportArgumentType=false

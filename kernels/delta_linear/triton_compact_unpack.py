@@ -103,7 +103,7 @@ def compact_unpack(
     width = delta_TN.shape[1]
     compact_unpack_kernel[(triton.cdiv(width, 16), segments_G4.shape[0])](
         x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, delta_TN, target.outputs, width,
-        K=target.inputs, ADD=add, num_warps=4,
+        K=target.inputs, ADD=add, num_warps=8,
     )  # fmt: skip
 
 

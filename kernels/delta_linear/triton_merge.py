@@ -94,7 +94,8 @@ def merge(
     weight_NK: torch.Tensor, target: Target, deltas: DeviceDeltas, entry: int, kinds: Kinds, out_RK: torch.Tensor,
     *, rows: tuple[int, int] | None = None, config: MergeConfig | None = None,
 ) -> None:  # fmt: skip
-    """out = W + D of the entry, summed in float32 and rounded once (kept values: once more). May run on any stream while another product runs.
+    """out = W + D of the entry, summed in float32 and rounded once, kept values once more. May run on any stream
+    while another product runs.
 
     Args:
         rows: (first, last): only these outputs, which are out's rows; all without it. `first` is a multiple of 16.

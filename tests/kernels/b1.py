@@ -34,8 +34,8 @@ def mma(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> np.ndarray:
 
 
 def trade(words: np.ndarray) -> np.ndarray:
-    """Lanes (group g, quarter q) with a byte of planes 0 .. 15 each: [.., 8, 4, 4 words]. Word c of lane (g, q) gets the
-    bytes of plane g + 8 (c // 2) of lanes 4 (c % 2) .. + 4 of the same quarter."""
+    """Lanes (group g, quarter q) with a byte of planes 0 .. 15 each: [.., 8, 4, 4 words]. Word c of lane (g, q) gets
+    the bytes of plane g + 8 (c // 2) of lanes 4 (c % 2) .. + 4 of the same quarter."""
     planes = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape[:-3], 8, 4, 16)
     out = np.zeros((*words.shape, 4), np.uint8)
     for g in range(8):
@@ -45,15 +45,25 @@ def trade(words: np.ndarray) -> np.ndarray:
     return out.view(np.uint32)[..., 0]
 
 
+def picked(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
+    """Byte i of each result is byte number selector's digit i of the eight of a and b."""
+    both, out = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros(a.shape, np.uint64)
+    for i in range(4):
+        out |= (both >> np.uint64(8 * (selector >> 4 * i & 7)) & np.uint64(255)) << np.uint64(8 * i)
+    return out.astype(np.uint32)
+
+
 class _Results:
-    def __init__(self, found: list[np.ndarray]) -> None:
-        self.found = found
+    def __init__(self, found: list[np.ndarray], dtype: tl.dtype = tl.int32) -> None:
+        self.found, self.dtype = found, dtype
 
     def get_result(self, i: int) -> interpreter.TensorHandle:
-        return interpreter.TensorHandle(self.found[i], tl.int32)
+        return interpreter.TensorHandle(self.found[i], self.dtype)
 
 
 def _inline_asm(self: Any, asm: str, operands: str, values: Any, dtypes: Any, pure: bool, pack: int) -> _Results:
+    if asm.startswith("prmt.b32"):
+        return _Results([picked(*(v.data for v in values[:2]), int(values[2].data.flat[0]))], tl.uint32)
     if "shfl.sync" in asm:
         return _traded(values, pure, pack)
     assert asm.count("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc") == 2, f"not emulated: {asm}"

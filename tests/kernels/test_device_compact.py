@@ -86,7 +86,7 @@ def test_mixes(mix: str, add: bool, config: CompactConfig, dtype: torch.dtype) -
 
 FORMS = [
     Form(1, 8, 1, 64), Form(1, 2, 2, 64), Form(2, 256, 16, 64), Form(2, 8, 1, 64), Form(4, 64, 8, 64),
-    Form(4, 1, 1, 64), Form(2, 4, 2, 64),
+    Form(4, 2, 2, 64), Form(2, 128, 32, 64),
 ]  # fmt: skip
 
 
@@ -102,19 +102,18 @@ def test_forms(form: Form) -> None:
 @pytest.mark.parametrize("config", [B1[1], UNPACK], ids=lambda c: c.impl)
 def test_variants_of_other_forms_in_one_batch(config: CompactConfig) -> None:
     """Bits, groups and masks are each variant's own; kernels take the most bits and the shortest masks of any."""
-    target = Target(0, 150, 900, (0, 64))
+    target = Target(0, 90, 600, (0, 64))
     made = world([target], [{"kept": f} for f in (*FORMS, SHORT, Form(1, 128, 8, 16))], DTYPES[0])
     assert (made.kinds().compact, made.kinds().tall) == (4, False)
-    check(made, target, rows([*range(1, 10), 3, 3, 8, 0]), activations(13, 900, DTYPES[0]), config)
+    check(made, target, rows([*range(1, 10), 3, 3, 8, 0]), activations(13, 600, DTYPES[0]), config)
 
 
-@pytest.mark.parametrize("lengths", [[1], [3], [2, 1, 8, 9], [33]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [3], [2, 1, 9]], ids=str)
 def test_segments_of_every_length(lengths: list[int]) -> None:
     target = Target(0, 80, 2100)
     made = world([target], [{"kept": TALL}] * len(lengths), DTYPES[0])
     batch = rows([entry for entry, n in enumerate(lengths, start=1) for _ in range(n)])
-    for config in (B1[4], B1[2]):
-        check(made, target, batch, activations(sum(lengths), 2100, DTYPES[0]), config)
+    check(made, target, batch, activations(sum(lengths), 2100, DTYPES[0]), B1[4])
 
 
 def test_settings_do_not_change_a_bit() -> None:
@@ -199,9 +198,7 @@ def test_whole_linears(name: str, specs: list[dict], impl: str) -> None:
     planes = Planes.empty(kinds.sets(target), 6, 260, DEVICE) if kinds.signs else None
     if planes is not None:
         prepare_planes(x, planes, target, made.deltas, batch.entry_T, kinds)
-    out = Partials(
-        poisoned((config.split, 6, 58), config.base_dtype(dtype)), poisoned((6, 58), torch.float32)
-    )
+    out = Partials(poisoned((config.split, 6, 58), config.base_dtype(dtype)), poisoned((6, 58), torch.float32))
     room = wide.workspace_bytes(target, 6, kinds, dtype)
     delta_linear(
         x, planes, weight, target, made.deltas, batch.segments_G4, kinds, out,

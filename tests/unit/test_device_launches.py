@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts the interp
     [
         (None, 9),  # norm, qkv, rope, attention, o, norm, gate and up, SiLU, down
         ("sign", 11),  # and the planes of what attention and SiLU give
+        ("dropout-1", 13),  # kept values for each linear; they gather from x itself
         ("lora", 17),  # two for each linear, and a zeroing that is torch's; no planes
     ],
 )

@@ -1,7 +1,7 @@
 """`deltadq` members whose masks are shared by blocks of outputs, in the slab as they are stored: kept values alone.
 
-Every other form of a dropout has all inputs of a matrix, most of them zeros. This one takes `bits` / alpha bits a weight, a
-byte for each kept input of a mask block, and a scale for each output: 1.1 times the file's bytes for masks of 64 rows.
+Every other form of a dropout has all inputs of a matrix, most of them zeros. This one takes `bits` / alpha bits a
+weight, a byte for each kept input of a mask block, and a scale for each output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.models.forms import BaseWeight, Member, Reader, Region, Take, check_finite
 from kernels.device import UNIT, Field, Kinds, Target
 from kernels.fragments import TILE_ROWS, tiles
-from kernels.kept import MASK_ROWS, MAX_BITS, MAX_GROUP, Form, pack_inputs, pack_values
+from kernels.kept import MASK_ROWS, MAX_BITS, MAX_GROUP, MAX_KEPT, Form, pack_inputs, pack_values
 
 CHUNK_ROWS = 16 * TILE_ROWS
 """Rows packed at a time: a multiple of every mask block"""
@@ -34,7 +34,8 @@ def _is_compact(entry: TensorEntry) -> bool:
     """Masks of blocks, whose places in a group are bytes; and something is dropped at all."""
     if entry.codec != "deltadq" or entry.mask_rows not in MASK_ROWS:
         return False
-    return entry.alpha > 1 and entry.group <= MAX_GROUP and entry.bits <= MAX_BITS
+    fits = entry.group <= MAX_GROUP and entry.group // entry.alpha <= MAX_KEPT and entry.bits <= MAX_BITS
+    return fits and entry.alpha > 1
 
 
 def _alike(a: TensorEntry, b: TensorEntry) -> bool:
@@ -80,7 +81,9 @@ class Compact:
         high = values_HPCLc.shape[0]
         step_N = inputs[: 4 * TILE_ROWS * high].view(torch.float32)
         blocks = -(-high * TILE_ROWS // self.form.mask_rows)
-        places_MCLj = inputs[4 * TILE_ROWS * high :].view(-1, *self.form.input_shape(1, self.target.inputs)[1:])[:blocks]
+        places_MCLj = inputs[4 * TILE_ROWS * high :].view(-1, *self.form.input_shape(1, self.target.inputs)[1:])[
+            :blocks
+        ]
         if sum(tiles(member.entry.shape[0], 1)[0] for member in self.members) < high:
             values_HPCLc.zero_()
         for member in self.members:

@@ -4,9 +4,9 @@ Members of a fused target may each have another codec: every form spans the whol
 that codec's turn. Planes: as many as the member with most, zero scales for those that another lacks. Low-rank: the
 highest rank, padded to 16. Column scales: ones for members without.
 
-`deltadq` with masks shared by blocks of outputs keeps its compact form (`compact`), of one bit width, group and ratio per
-target. Quantised values and the odd numbers and zeros of every other `deltadq` become sign planes, one for each bit, and a zero term (which
-cannot stand beside column scales: there `deltadq` members become dense differences).
+`deltadq` with masks shared by blocks of outputs keeps its compact form (`compact`), of one bit width, group and ratio
+in a target. Quantised values, and the odd numbers and zeros of every other `deltadq`, become sign planes, one for each
+bit, and a zero term (which cannot stand beside column scales: there `deltadq` members become dense differences).
 """
 
 from __future__ import annotations
