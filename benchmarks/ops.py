@@ -3,8 +3,9 @@
     python benchmarks/ops.py [--sections linear ...] [--shapes llama-2-7b llama-3.1-8b] [--seconds 240] [--dry-run]
 
 Sections: `linear` (decode-sized, signs), `rows` (many rows of few variants), `low_rank`, `prefill`, `attention`,
-`stages` (norm, SiLU, rope, embedding, planes), `sampling`, `compact` (few kept inputs beside signs). Every case is checked against float64 before it is timed;
-one that fails is reported and makes the exit code 1. Sections stop when the time is used up, and say so.
+`stages` (norm, SiLU, rope, embedding, planes), `sampling`, `compact` (few kept inputs beside signs). Every case is
+checked against float64 before it is timed; one that fails is reported and makes the exit code 1. Sections stop when the
+time is used up, and say so.
 
 (Not called kernels.py: beside the other scripts that name would hide the package.)
 """

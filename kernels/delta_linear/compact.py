@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import triton
 
-from kernels import launches
+from kernels import configs, launches
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.choice import multiprocessors
 from kernels.delta_linear.compact_check import compact_check
@@ -45,8 +45,9 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device) -> Com
     fails its check."""
     if device.type != "cuda" or not compact_check(device).ok:
         return CompactConfig("unpack")
-    found = parts.measured(key(target, rows, kinds), device)
-    return CompactConfig(**found) if found else rule(kinds, torch.cuda.get_device_capability(device) >= (9, 0))
+    name = torch.cuda.get_device_name(device)
+    found = configs.nearest("delta_linear", name, rows, lambda n: key(target, n, kinds))
+    return CompactConfig(**found[1]) if found else rule(kinds, torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def rule(kinds: Kinds, hopper: bool) -> CompactConfig:
@@ -61,7 +62,7 @@ def rule(kinds: Kinds, hopper: bool) -> CompactConfig:
 
 def candidates(kinds: Kinds, hopper: bool = True) -> list[CompactConfig]:
     """For a benchmark's sweep, the rule's choice first."""
-    found = [rule(kinds, hopper), CompactConfig(tiles=1, resident=8, registers=64)]
+    found = [rule(kinds, hopper), CompactConfig(tiles=1, resident=7, registers=72)]
     if kinds.tall:
         found += [CompactConfig(tiles=2, resident=6, registers=80), CompactConfig(tiles=4, resident=4, registers=128)]
     else:

@@ -147,6 +147,14 @@ def gathered_planes(XROW, low, high, column, stride, K: tl.constexpr, WARPS: tl.
 
 
 @triton.jit
+def _load_places(AT, item, c, tiles, tall, columns, TILES: tl.constexpr, WARPS: tl.constexpr):
+    """int64 [WARPS * 32]: places of a lane's eight kept inputs, 0 of no tiles. Warps beyond the last tile repeat it."""
+    lane = tl.arange(0, WARPS * 32)
+    block = tl.minimum((item * WARPS + lane // 32) * TILES, tiles - 1) >> tall
+    return tl.load(AT + (block * columns + c) * 32 + lane % 32, mask=block >= 0, other=0)
+
+
+@triton.jit
 def _load_values(AT, tile, tiles, bits, c, columns, BITS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
     """A tuple of int32 [TILES, WARPS * 128], a plane each, the lowest first; zeros beyond the variant's bits. Warp w
     has tiles tile + w TILES .. + TILES; those beyond the last repeat it."""
@@ -240,15 +248,20 @@ def compact_kernel(
         outputs, tiles, columns, bits, tall, group, kept = _shape(TABLE, at, base_outputs, K)
         values_at = parts.part(SLAB, TABLE, at, KEPT, tl.int32)
         scales = parts.part(SLAB, TABLE, at, INPUTS, tl.float32)
-        places = (scales + tiles * 16).to(tl.pointer_type(tl.int64)) + lane % 32
-        for item in range(tl.maximum(first - s * chunks, 0), tl.minimum(last - s * chunks, chunks)):
+        places = (scales + tiles * 16).to(tl.pointer_type(tl.int64))
+        begin = tl.maximum(first - s * chunks, 0)
+        found = _load_places(places, begin, 0, tl.where(outputs > 0, tiles, 0), tall, columns, TILES, WARPS)
+        for item in range(begin, tl.minimum(last - s * chunks, chunks)):
             tile = item * (WARPS * TILES)
             n = tile * 16 + tl.arange(0, WARPS * TILES * 16)
             step = tl.load(scales + n, mask=n < outputs, other=0.0)
-            block = tl.minimum(tile + lane // 32 * TILES, tiles - 1) >> tall
             for c in range(tl.where(tile * 16 < outputs, columns, 0)):
-                found = tl.load(places + (block * columns + c) * 32)
                 low, high = found.to(tl.int32), (found >> 32).to(tl.int32)
+                # Of what comes next: x is gathered while this one's values are on their way.
+                more = c + 1 < columns
+                found = _load_places(
+                    places, tl.where(more, item, item + 1), tl.where(more, c + 1, 0), tiles, tall, columns, TILES, WARPS
+                )  # fmt: skip
                 values = _load_values(values_at, tile, tiles, bits, c, columns, BITS, TILES, WARPS)
                 for row in range(start, stop):
                     out = OUT + row * width + n
