@@ -27,6 +27,7 @@ MAX_KEPT = 32
 """Most that are kept of a group: 32 kept inputs further on, another group begins."""
 MAX_BITS = 4
 MASK_ROWS = (16, 64)
+_LOWEST = 0x0101010101010101
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,16 @@ def pack_values(q_NV: torch.Tensor, form: Form, out_HPCLc: torch.Tensor) -> None
     """Write the fragments of values 0 .. 2^bits - 1 (uint8, in the order of the kept inputs), all of them."""
     rows, wide = q_NV.shape[0], out_HPCLc.shape[2]
     padded = torch.nn.functional.pad(q_NV, (0, wide * TILE_COLUMNS - q_NV.shape[1]))
-    ordered = padded.view(rows, wide, TILE_COLUMNS)[..., _places(q_NV.device)].view(rows, -1, 8)
-    weight = 1 << torch.arange(8, device=q_NV.device, dtype=torch.uint8)
+    eights = padded.view(-1, 8, 32).view(torch.int64)  # 32 j + lane, the bytes of eight lanes in a word
+    packed = torch.empty((form.bits, out_HPCLc.shape[0], wide, 32, 4), dtype=torch.int32, device=q_NV.device)
     for p in range(form.bits):
-        plane_Nk = ((ordered >> p & 1) * weight).sum(2, dtype=torch.uint8)
-        packed = torch.empty((1, out_HPCLc.shape[0], wide, 32, 4), dtype=torch.int32, device=q_NV.device)
-        pack(plane_Nk[None], packed)
-        out_HPCLc[:, p] = packed[0]
+        bits = eights >> p & _LOWEST
+        of_lanes = bits[:, 0].clone()  # half, byte, q: see `_places`
+        for j in range(1, 8):
+            of_lanes |= bits[:, j] << j
+        planes = of_lanes.view(torch.uint8).view(-1, 2, 4, 4).transpose(2, 3).reshape(1, rows, wide * 32)
+        pack(planes, packed[p : p + 1])
+    out_HPCLc.copy_(packed.transpose(0, 1))
 
 
 def unpack_values(packed_HPCLc: torch.Tensor, rows: int, values: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from kernels.device import UNIT, Field, Kinds, Target
 from kernels.fragments import TILE_ROWS, tiles
 from kernels.kept import MASK_ROWS, MAX_BITS, MAX_GROUP, MAX_KEPT, Form, pack_inputs, pack_values
 
-CHUNK_ROWS = 16 * TILE_ROWS
+CHUNK_ROWS = 64 * TILE_ROWS
 """Rows packed at a time: a multiple of every mask block"""
 
 
