@@ -63,7 +63,7 @@ class CompactRun:
     def candidates(self) -> list[CompactConfig]:
         if gpu_timing.device().type == "cpu":
             return [CompactConfig("unpack")]
-        return candidates(self.kinds, torch.cuda.get_device_capability() >= (9, 0))
+        return candidates(self.kinds)
 
     def calls(self, config: CompactConfig) -> list[Call]:
         """The deltas alone."""

@@ -30,7 +30,7 @@ class CompactConfig:
     warps: int = 4
     resident: int = 4
     """Programs per multiprocessor: they take items in order, each an even share"""
-    registers: int | None = None
+    registers: int | None = 128
     """Most that a thread may have: more programs at a time"""
 
 
@@ -47,27 +47,24 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device) -> Com
         return CompactConfig("unpack")
     name = torch.cuda.get_device_name(device)
     found = configs.nearest("delta_linear", name, rows, lambda n: key(target, n, kinds))
-    return CompactConfig(**found[1]) if found else rule(kinds, torch.cuda.get_device_capability(device) >= (9, 0))
+    return CompactConfig(**found[1]) if found else rule(kinds)
 
 
-def rule(kinds: Kinds, hopper: bool) -> CompactConfig:
+def rule(kinds: Kinds) -> CompactConfig:
     """Without measurements: all tiles of a mask block to a warp, so that x is gathered once for it, unless its values
     would not fit into registers; then as many programs as these allow."""
     if not kinds.tall:
         return CompactConfig(tiles=1, resident=6, registers=80)
-    if kinds.compact <= 2:
-        return CompactConfig(resident=5, registers=96) if hopper else CompactConfig(registers=128)
-    return CompactConfig(tiles=2, resident=5, registers=96)
+    return CompactConfig() if kinds.compact <= 2 else CompactConfig(tiles=2, resident=5, registers=96)
 
 
-def candidates(kinds: Kinds, hopper: bool = True) -> list[CompactConfig]:
+def candidates(kinds: Kinds) -> list[CompactConfig]:
     """For a benchmark's sweep, the rule's choice first."""
-    found = [rule(kinds, hopper), CompactConfig(tiles=1, resident=7, registers=72)]
+    found = [rule(kinds), CompactConfig(tiles=1, resident=6, registers=80)]
     if kinds.tall:
-        found += [CompactConfig(tiles=2, resident=6, registers=80), CompactConfig(tiles=4, resident=4, registers=128)]
-    else:
-        found += [CompactConfig(tiles=1, resident=4, registers=128)]
-    return [*found, CompactConfig(tiles=found[0].tiles, warps=8, resident=2, registers=found[0].registers)]
+        found += [CompactConfig(tiles=2, resident=6, registers=80)]
+    found += [CompactConfig(tiles=1), CompactConfig(tiles=found[0].tiles, warps=8, resident=2)]
+    return list(dict.fromkeys(found))
 
 
 def compact(

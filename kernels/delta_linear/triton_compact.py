@@ -255,30 +255,35 @@ def compact_kernel(
             tile = item * (WARPS * TILES)
             n = tile * 16 + tl.arange(0, WARPS * TILES * 16)
             step = tl.load(scales + n, mask=n < outputs, other=0.0)
-            for c in range(tl.where(tile * 16 < outputs, columns, 0)):
-                low, high = found.to(tl.int32), (found >> 32).to(tl.int32)
-                # Of what comes next: x is gathered while this one's values are on their way.
-                more = c + 1 < columns
-                found = _load_places(
-                    places, tl.where(more, item, item + 1), tl.where(more, c + 1, 0), tiles, tall, columns, TILES, WARPS
-                )  # fmt: skip
-                values = _load_values(values_at, tile, tiles, bits, c, columns, BITS, TILES, WARPS)
-                for row in range(start, stop):
-                    out = OUT + row * width + n
-                    before = tl.load(out, mask=n < tl.where((c > 0) | ADD, outputs, 0), other=0.0)
-                    # 0, which the compiler does not know: it would work out every address before the loop, for each of
-                    # the many rows that there are not, and keep them all.
-                    hidden = row >> 30
-                    column = (c * 256 + hidden + lane % 32) >> kept << group
-                    planes, unit, total = gathered_planes(
-                        X + row * x_stride, low + hidden, high + hidden, column, (32 + hidden >> kept) << group,
-                        K, WARPS,
+            for row in range(start, tl.where(tile * 16 < outputs, stop, start)):
+                y = tl.zeros((WARPS * TILES * 16,), tl.float32)
+                for c in range(columns):
+                    low, high = found.to(tl.int32), (found >> 32).to(tl.int32)
+                    # Of what comes next: x is gathered while this one's values are on their way.
+                    more = c + 1 < columns
+                    next_item = tl.where(more | (row + 1 < stop), item, item + 1)
+                    found = _load_places(
+                        places, next_item, tl.where(more, c + 1, 0), tiles, tall, columns, TILES, WARPS
                     )  # fmt: skip
-                    sums = 2 * _sums(values, planes, BITS, TILES, WARPS)
-                    sums -= (((1 << bits) - 1) * total)[None, :, :, None]
-                    y = tl.permute(sums.to(tl.float32) * unit[None, :, :, None], (1, 0, 3, 2))
-                    y = tl.fma(tl.reshape(y, (WARPS * TILES * 16,)), step, before)
-                    tl.store(out, tl.where(n < outputs, y, 0.0), mask=n < tl.where(ADD, outputs, width))
+                    values = _load_values(values_at, tile, tiles, bits, c, columns, BITS, TILES, WARPS)
+                    # A loop, though it runs once: see `triton_items`.
+                    for once in range(row, row + 1 + (row >> 30)):
+                        # 0, which the compiler does not know: it would work out every address before the loop.
+                        hidden = once >> 30
+                        column = (c * 256 + hidden + lane % 32) >> kept << group
+                        planes, unit, total = gathered_planes(
+                            X + once * x_stride, low + hidden, high + hidden, column, (32 + hidden >> kept) << group,
+                            K, WARPS,
+                        )  # fmt: skip
+                        sums = 2 * _sums(values, planes, BITS, TILES, WARPS)
+                        sums -= (((1 << bits) - 1) * total)[None, :, :, None]
+                        part = tl.permute(sums.to(tl.float32) * unit[None, :, :, None], (1, 0, 3, 2))
+                        y = tl.fma(tl.reshape(part, (WARPS * TILES * 16,)), step, y)
+                out = OUT + row * width + n
+                if ADD:
+                    tl.store(out, y + tl.load(out, mask=n < outputs, other=0.0), mask=n < outputs)
+                else:
+                    tl.store(out, tl.where(n < outputs, y, 0.0), mask=n < width)
             if (tile * 16 >= outputs) & (not ADD):
                 for row in range(start, stop):
                     tl.store(OUT + row * width + n, tl.zeros_like(n).to(tl.float32), mask=n < width)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from triton.runtime import driver
 
 from kernels.delta_linear.compact import CompactConfig, candidates, compact, rule
 from kernels.delta_linear.triton_compact_unpack import add_kept
@@ -21,17 +20,13 @@ def _compact(target: Target, rows: int, kinds: Kinds, config: CompactConfig | No
     delta = meta(rows, target.outputs, dtype=torch.float32)
     compact(
         meta(rows, target.inputs), target, tables(2), ints(rows, 4), kinds, delta, add=add,
-        config=config or rule(kinds, _hopper()),
+        config=config or rule(kinds),
     )  # fmt: skip
-
-
-def _hopper() -> bool:
-    return int(driver.active.get_current_target().arch) >= 90  # pyright: ignore
 
 
 def _swept() -> None:
     """All that a benchmark would try."""
-    for config in candidates(TALL, _hopper())[1:]:
+    for config in candidates(TALL)[1:]:
         _compact(QKV, 64, TALL, config)
 
 

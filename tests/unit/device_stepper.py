@@ -36,7 +36,7 @@ def pretend_b1(patch: pytest.MonkeyPatch) -> None:
     """Choose as on a chip with a binary tensor core."""
     rule = choice.rule
     patch.setattr(choice, "rule", lambda target, rows, kinds, b1, *rest: rule(target, rows, kinds, True, *rest))
-    patch.setattr(compact, "choose", lambda target, rows, kinds, device: compact.rule(kinds, True))
+    patch.setattr(compact, "choose", lambda target, rows, kinds, device: compact.rule(kinds))
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
