@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import gpu_timing
@@ -12,7 +13,9 @@ import torch
 from synthetic import Shape
 
 from kernels import fragments
+from kernels.delta_linear import table_reference
 from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
+from kernels.kept import Form, pack_inputs
 
 Mix = Literal["distinct", "identical", "uniform", "zipf", "base"]
 
@@ -39,6 +42,7 @@ class Parts:
     columns: bool = False
     rank: int = 0
     dense: bool = False
+    kept: Form | None = None
 
     def kinds(self) -> Kinds:
         return Kinds(
@@ -47,6 +51,8 @@ class Parts:
             planes=max(1, self.planes),
             rank=-(-self.rank // 16) * 16,
             dense=self.dense,
+            compact=self.kept.bits if self.kept else 0,
+            tall=self.kept is not None and self.kept.mask_rows == 64,
         )
 
 
@@ -89,6 +95,8 @@ class Bulk:
                 total[start:stop] += b[start:stop] @ a[m]
         if self.parts.dense:
             total += self._part(row[Field.DENSE], (n, k), self.dtype)
+        if self.parts.kept:
+            total += table_reference.compact(self.deltas, self.target, entry)
         return total
 
     def _part(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -110,14 +118,15 @@ def bulk(target: Target, parts: Parts, entries: int, dtype: torch.dtype) -> Bulk
     device, per_entry = gpu_timing.device(), sum(units.values())
     slab = torch.empty(max(1, per_entry * entries) * UNIT, dtype=torch.uint8, device=device)
     table = torch.full((entries + 1, 1, FIELDS), NONE, dtype=torch.int32)
-    table[:, :, [Field.PLANES, Field.RANK, Field.ROWS, Field.OUTPUTS]] = 0
+    table[:, :, [Field.PLANES, Field.RANK, Field.ROWS, Field.OUTPUTS, Field.FORM]] = 0
     for e in range(1, entries + 1):
         at = (e - 1) * per_entry
         for field, (shape, kind) in shapes.items():
             table[e, 0, field] = at
-            _fill(_view(slab, at, shape, kind), field)
+            _fill(_view(slab, at, shape, kind), field, target, parts.kept)
             at += units[field]
         table[e, 0, Field.PLANES], table[e, 0, Field.RANK] = parts.planes, parts.kinds().rank
+        table[e, 0, Field.FORM] = parts.kept.code if parts.kept else 0
     vectors = torch.full((entries + 1,), NONE, dtype=torch.int32, device=device)
     deltas = DeviceDeltas(slab, table.to(device), vectors)
     return Bulk(target, parts, deltas, entries, sum(sizes.values()), dtype)
@@ -137,6 +146,9 @@ def _shapes(target: Target, parts: Parts, dtype: torch.dtype) -> dict[Field, tup
         found[Field.LORA_B] = ((n, rank), dtype)
     if parts.dense:
         found[Field.DENSE] = ((n, k), dtype)
+    if parts.kept:
+        found[Field.KEPT] = (parts.kept.tile_shape(n, k), torch.int32)
+        found[Field.INPUTS] = ((high * 64 + prod(parts.kept.input_shape(n, k)),), torch.uint8)
     return found
 
 
@@ -147,10 +159,13 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count
 
 
-def _fill(part: torch.Tensor, field: Field) -> None:
+def _fill(part: torch.Tensor, field: Field, target: Target, form: Form | None) -> None:
     """Numbers of a size that shows: a delta's outputs are about a tenth of the base's."""
     match field:
-        case Field.SIGN:
+        case Field.INPUTS:
+            assert form is not None
+            _fill_inputs(part, target, form)
+        case Field.SIGN | Field.KEPT:
             part.random_(-(2**31), 2**31 - 1)
         case Field.COL:
             part.uniform_(0.25, 1.75)
@@ -158,6 +173,15 @@ def _fill(part: torch.Tensor, field: Field) -> None:
             part.uniform_(0.001, 0.01)
         case _:
             part.normal_(0.0, 0.03)
+
+
+def _fill_inputs(part: torch.Tensor, target: Target, form: Form) -> None:
+    """Half steps, and places in their groups of which none comes twice."""
+    floats, values = 64 * target.tiles[0], form.values(target.inputs)
+    part[:floats].view(torch.float32).uniform_(0.001, 0.01)
+    blocks, groups = form.blocks(target.outputs), values // form.kept
+    order = torch.rand(blocks, groups, form.group, device=part.device).argsort(2)[..., : form.kept]
+    pack_inputs(order.flatten(1), form, part[floats:].view(form.input_shape(target.outputs, target.inputs)))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     python benchmarks/ops.py [--sections linear ...] [--shapes llama-2-7b llama-3.1-8b] [--seconds 240] [--dry-run]
 
 Sections: `linear` (decode-sized, signs), `rows` (many rows of few variants), `low_rank`, `prefill`, `attention`,
-`stages` (norm, SiLU, rope, embedding, planes), `sampling`. Every case is checked against float64 before it is timed;
-one that fails is reported and makes the exit code 1. Sections stop when the time is used up, and say so.
+`stages` (norm, SiLU, rope, embedding, planes), `sampling`, `compact` (few kept inputs beside signs). Every case is
+checked against float64 before it is timed; one that fails is reported and makes the exit code 1. Sections stop when the
+time is used up, and say so.
 
 (Not called kernels.py: beside the other scripts that name would hide the package.)
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 import gpu_timing
 import stage_cases
 import torch
+from compact_cases import compact_linears
 from gpu_timing import Report
 from kernel_worlds import Parts, targets_of
 from linear_cases import LIMIT, LinearCase, LinearRun, pool_of, weights_of
@@ -54,6 +56,8 @@ class Session:
     clock: Clock
     dtype: torch.dtype
     dry: bool
+    file: bool = False
+    """Settings that were found fastest are filed"""
 
     def batches(self) -> tuple[int, ...]:
         return (2,) if self.dry else BATCHES
@@ -169,6 +173,7 @@ SECTIONS: dict[str, Callable[[Session, str, Shape], None]] = {
     "attention": attention,
     "stages": stage_cases.stages,
     "sampling": stage_cases.sampling,
+    "compact": compact_linears,
 }
 
 
@@ -179,13 +184,14 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=240.0, help="for all sections together")
     parser.add_argument("--dry-run", action="store_true", help="tiny, through the interpreter: tests the benchmark")
+    parser.add_argument("--file", action="store_true", help="compact: file the fastest settings for this device")
     arguments = parser.parse_args()
     torch.manual_seed(time.time_ns() % 2**31)
     dry = arguments.dry_run
     dtype = torch.float32 if dry else getattr(torch, arguments.dtype)
     report = Report("ops", dry, gpu_timing.read_bandwidth())
     print(f"read bandwidth {report.read_bytes_per_s / 1e12:.2f} TB/s", flush=True)
-    session = Session(report, Clock(arguments.seconds, time.monotonic()), dtype, dry)
+    session = Session(report, Clock(arguments.seconds, time.monotonic()), dtype, dry, arguments.file and not dry)
     for section in arguments.sections:
         for name in ["tiny"] if dry else arguments.shapes:
             print(f"\n== {section}, {name}", flush=True)

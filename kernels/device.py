@@ -59,12 +59,18 @@ class Field(IntEnum):
     """R"""
     OUTPUTS = 12
     """The variant's own N where it differs from the base's (a larger vocabulary), else 0"""
+    KEPT = 13
+    """int32 [H, bits, C, 32, 4]: values of kept inputs alone, see `kept`. Of layers' linears only."""
+    INPUTS = 14
+    """float32 [H * 16]: half steps, zero in the padding; then uint8 [M, C, 32, 8]: which inputs they are"""
+    FORM = 15
+    """`kept.Form.code`; 0: nothing is kept"""
 
 
 SEGMENT_ROWS = 8
 """Of one variant that are multiplied at once: as long as reading its signs takes, in sign products"""
 FIELDS = 16
-"""Width of a table row: a power of two, beyond the last Field unused."""
+"""Width of a table row: a power of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,10 @@ class Kinds:
     """Highest padded rank; 0: no low-rank deltas"""
     dense: bool = False
     rows: bool = False
+    compact: int = 0
+    """Most bits of a kept value; 0: no variant keeps some inputs only"""
+    tall: bool = False
+    """Masks of kept values are shared by 64 outputs, of every variant that has any, not by 16"""
     single: bool = False
     """No variant has more than one row: sign products take fewer registers then, and so more programs at a time"""
 

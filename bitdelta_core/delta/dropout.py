@@ -27,6 +27,9 @@ LAYERS = 2
 """Whose attention outputs decide."""
 TEXTS, LENGTH = 4, 128
 """Of calibration text, tokens each."""
+COMPACT_GROUP, COMPACT_KEPT = 256, 32
+"""Largest group, and most that are kept of one, that are chosen for masks of several rows: what a GPU reads in their
+compact form."""
 RATIOS: Mapping[int, tuple[int, Literal[1, 2, 4]]] = {
     16: (4, 4),
     32: (4, 2),
@@ -99,7 +102,10 @@ def choose_group(pairing: Pairing, options: DropoutOptions, batches: Batches) ->
     wanted = _attention_outputs(model, ids, mask)
     names = [n for n, p in model.named_parameters() if ".self_attn." in n and n.endswith(".weight") and p.ndim == 2]
     errors: dict[int, float] = {}
-    for group in _candidates(options.alpha, max(pairing.base.shape(name)[1] for name in names)):
+    widest = max(pairing.base.shape(name)[1] for name in names)
+    if options.mask_rows > 1:
+        widest = min(widest, COMPACT_GROUP, COMPACT_KEPT * options.alpha)
+    for group in _candidates(options.alpha, widest):
         tried = replace(options, group=group)
         with _replaced(model, {name: _decoded(pairing, name, tried) for name in names}):
             got = _attention_outputs(model, ids, mask)

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from kernels import configs
+from kernels.delta_linear.compact_check import compact_check
 from kernels.delta_linear.self_check import self_check
 from kernels.device import Kinds, Target
 
@@ -82,6 +83,8 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) 
     if device.type != "cuda":
         return rule(target, rows, kinds, b1=False)
     b1 = self_check(device).ok if kinds.signs else True
+    if kinds.compact:
+        compact_check(device)  # before capture: `compact.choose` wants to know while a graph is made
     found = _measured(target, rows, kinds, torch.cuda.get_device_name(device)) if b1 else None
     return found or rule(target, rows, kinds, b1, _shared_bytes(device))
 

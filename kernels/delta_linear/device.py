@@ -14,6 +14,7 @@ import triton
 from kernels import launches
 from kernels.delta_linear import wide
 from kernels.delta_linear.choice import Config, Impl, choose
+from kernels.delta_linear.compact import compact
 from kernels.delta_linear.triton_flat import flat_kernel, sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.delta_linear.triton_unpack import unpack_kernel
@@ -43,7 +44,7 @@ def partials_of(
 
 
 def has_deltas(kinds: Kinds) -> bool:
-    return kinds.signs or kinds.rank > 0 or kinds.dense or kinds.rows
+    return kinds.signs or kinds.compact > 0 or kinds.rank > 0 or kinds.dense or kinds.rows
 
 
 def delta_linear(
@@ -75,6 +76,9 @@ def delta_linear(
     if impl:
         config = replace(config, impl=impl)
     _check(x_TK, planes, weight_NK, target, kinds, out, config)
+    if kinds.compact and not kinds.signs:  # its end hides behind the base's first requests
+        assert out.delta_TN is not None
+        compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=False)
     match config.impl:
         case "flat":
             _flat(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
@@ -99,8 +103,10 @@ def _others(
 ) -> None:
     """Deltas that are no signs. They add, so somebody must have written before."""
     assert out.delta_TN is not None
-    if not kinds.signs:
+    if not (kinds.signs or kinds.compact):
         out.delta_TN.zero_()
+    if kinds.compact and kinds.signs:
+        compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=True)
     if kinds.rank:
         wide.low_rank(x_TK, target, deltas, segments_G4, kinds.rank, out.delta_TN, workspace)
     if kinds.dense:

@@ -5,9 +5,11 @@ Not covered: speed. It reads tables on the host, which waits for the device.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
-from kernels import fragments
+from kernels import fragments, kept
 from kernels.delta_linear import reference
 from kernels.deltas import SignDelta
 from kernels.device import NONE, UNIT, DeviceDeltas, Field, Target
@@ -25,6 +27,7 @@ def matrix(deltas: DeviceDeltas, target: Target, entry: int, dtype: torch.dtype)
         signs(deltas, target, entry),
         low_rank(deltas, target, entry, dtype),
         dense(deltas, target, entry, dtype),
+        compact(deltas, target, entry),
     ):
         if part is not None:
             total_NK[: part.shape[0]] += part
@@ -71,6 +74,25 @@ def dense(deltas: DeviceDeltas, target: Target, entry: int, dtype: torch.dtype) 
     if row[Field.DENSE] == NONE:
         return None
     return _part(deltas, row[Field.DENSE], dtype, row[Field.OUTPUTS] or target.outputs, target.inputs).float()
+
+
+def compact(deltas: DeviceDeltas, target: Target, entry: int) -> torch.Tensor | None:
+    """Kept values among zeros, in float32."""
+    row = deltas.table_EJF[entry, target.index].tolist()
+    if not row[Field.FORM]:
+        return None
+    form, inputs, outputs = kept.Form.of(row[Field.FORM]), target.inputs, row[Field.OUTPUTS] or target.outputs
+    values, high = form.values(inputs), fragments.tiles(outputs, 1)[0]
+    packed = _part(deltas, row[Field.KEPT], torch.int32, *form.tile_shape(outputs, inputs))
+    step_N = _part(deltas, row[Field.INPUTS], torch.float32, high * 16)[:outputs]
+    places = _part(deltas, row[Field.INPUTS], torch.uint8, high * 64 + prod(form.input_shape(outputs, inputs)))
+    places_MCLj = places[high * 64 :].view(form.input_shape(outputs, inputs))
+    columns_MV = kept.unpack_inputs(places_MCLj, form, values)
+    q_NV = kept.unpack_values(packed, high * 16, values)[:outputs].float()
+    wide_NK = torch.zeros(outputs, values // form.kept * form.group, device=deltas.slab.device)
+    columns_NV = columns_MV.repeat_interleave(form.mask_rows, 0)[:outputs]
+    wide_NK.scatter_(1, columns_NV, (2 * q_NV - (2**form.bits - 1)) * step_N[:, None])
+    return wide_NK[:, :inputs]
 
 
 def _part(deltas: DeviceDeltas, offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:

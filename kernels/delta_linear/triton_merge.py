@@ -17,6 +17,7 @@ import triton.language as tl
 
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear import triton_tiles as tiles
+from kernels.delta_linear.triton_compact_unpack import add_kept
 from kernels.delta_linear.triton_parts import LORA_A, LORA_B
 from kernels.device import DeviceDeltas, Kinds, Target
 
@@ -93,7 +94,8 @@ def merge(
     weight_NK: torch.Tensor, target: Target, deltas: DeviceDeltas, entry: int, kinds: Kinds, out_RK: torch.Tensor,
     *, rows: tuple[int, int] | None = None, config: MergeConfig | None = None,
 ) -> None:  # fmt: skip
-    """out = W + D of the entry, summed in float32 and rounded once. May run on any stream while another product runs.
+    """out = W + D of the entry, summed in float32 and rounded once, kept values once more. May run on any stream
+    while another product runs.
 
     Args:
         rows: (first, last): only these outputs, which are out's rows; all without it. `first` is a multiple of 16.
@@ -112,3 +114,5 @@ def merge(
         COLUMNS=kinds.columns, DENSES=kinds.dense, LOW_RANK=kinds.rank > 0, BN=config.rows, BK=config.columns,
         num_warps=config.warps,
     )  # fmt: skip
+    if kinds.compact:
+        add_kept(target, deltas, entry, out_RK, rows=(first, last))

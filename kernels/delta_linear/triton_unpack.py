@@ -62,7 +62,7 @@ def unpack_kernel(
 ):  # fmt: skip
     """Grid [blocks, segments]: OUT[row, n] of all rows of a segment, zero where the variant has no signs.
 
-    Args: as `triton_items.sign_items`, and
+    Args: as `triton_share.sign_share`, and
         halves: 2 KB (see triton_flat on loops).
     """
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))

@@ -12,6 +12,8 @@ Prefill knows its segments on the host and may launch as it likes. Ways through 
 Merged and fused weights are rounded to the compute dtype: an output is off by about as much as rounding that output
 itself costs (WIDE.md). Split rounds D alone, or nothing (one plane of signs).
 
+Kept values (`kernels.kept`) are only ever merged, whatever the number of rows.
+
 Not covered: replaced rows and larger vocabularies, which embeddings and heads have and prefill does not multiply with.
 """
 
@@ -219,6 +221,8 @@ def _runs(
     impl: Impl | None,
     merge_rows: int,
 ) -> list[Run]:
+    if kinds.compact:  # products know nothing of kept values
+        return plan(segments, "reference" if impl == "reference" else "merge")
     if gluon_product.supports(x_TK, weight_NK, target, kinds):
         return plan(segments, impl, many=SPECIALISED_ROWS, long="specialised", short="fused")
     # Low-rank parts alone cost less than merging them.

@@ -1,4 +1,5 @@
-"""What the interpreter lacks: `mma.m16n8k256.b1.b1 and.popc`, from the definition of its fragments in the PTX ISA."""
+"""What the interpreter lacks: `mma.m16n8k256.b1.b1 and.popc`, from the definition of its fragments in the PTX ISA, and
+what `triton_compact.trade` says that it does."""
 
 from __future__ import annotations
 
@@ -32,15 +33,39 @@ def mma(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> np.ndarray:
     return out
 
 
+def trade(words: np.ndarray) -> np.ndarray:
+    """Lanes (group g, quarter q) with a byte of planes 0 .. 15 each: [.., 8, 4, 4 words]. Word c of lane (g, q) gets
+    the bytes of plane g + 8 (c // 2) of lanes 4 (c % 2) .. + 4 of the same quarter."""
+    planes = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape[:-3], 8, 4, 16)
+    out = np.zeros((*words.shape, 4), np.uint8)
+    for g in range(8):
+        for c in range(4):
+            first = 4 * (c % 2)
+            out[..., g, :, c, :] = np.moveaxis(planes[..., first : first + 4, :, g + 8 * (c // 2)], -2, -1)
+    return out.view(np.uint32)[..., 0]
+
+
+def picked(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
+    """Byte i of each result is byte number selector's digit i of the eight of a and b."""
+    both, out = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros(a.shape, np.uint64)
+    for i in range(4):
+        out |= (both >> np.uint64(8 * (selector >> 4 * i & 7)) & np.uint64(255)) << np.uint64(8 * i)
+    return out.astype(np.uint32)
+
+
 class _Results:
-    def __init__(self, found: list[np.ndarray]) -> None:
-        self.found = found
+    def __init__(self, found: list[np.ndarray], dtype: tl.dtype = tl.int32) -> None:
+        self.found, self.dtype = found, dtype
 
     def get_result(self, i: int) -> interpreter.TensorHandle:
-        return interpreter.TensorHandle(self.found[i], tl.int32)
+        return interpreter.TensorHandle(self.found[i], self.dtype)
 
 
 def _inline_asm(self: Any, asm: str, operands: str, values: Any, dtypes: Any, pure: bool, pack: int) -> _Results:
+    if asm.startswith("prmt.b32"):
+        return _Results([picked(*(v.data for v in values[:2]), int(values[2].data.flat[0]))], tl.uint32)
+    if "shfl.sync" in asm:
+        return _traded(values, pure, pack)
     assert asm.count("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc") == 2, f"not emulated: {asm}"
     assert not pure
     assert pack == 4
@@ -48,6 +73,13 @@ def _inline_asm(self: Any, asm: str, operands: str, values: Any, dtypes: Any, pu
     signs, planes = (np.ascontiguousarray(v.data).view(np.uint32).reshape(-1, 8, 4, 4) for v in values[:2])
     sums = [np.ascontiguousarray(v.data).reshape(-1, 8, 4, 4) for v in values[2:]]
     return _Results([mma(signs, planes[..., 2 * i : 2 * i + 2], s).reshape(shape) for i, s in enumerate(sums)])
+
+
+def _traded(values: Any, pure: bool, pack: int) -> _Results:
+    assert not pure
+    assert pack == 4
+    words = np.ascontiguousarray(values[0].data)
+    return _Results([trade(words.view(np.uint32).reshape(-1, 8, 4, 4)).view(np.int32).reshape(words.shape)])
 
 
 @contextmanager

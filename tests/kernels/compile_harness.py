@@ -56,7 +56,7 @@ class Compiled:
     dropped: int
     """Matrix products whose result goes nowhere: what ptxas makes of some unrolled loops"""
     fragments: list[str]
-    """Which elements each lane holds where inline assembly multiplies matrices"""
+    """Which elements each lane holds where inline assembly multiplies matrices, or lanes trade words"""
 
 
 class _Chip:
@@ -115,7 +115,8 @@ def inspect(case: str, kernel: Any) -> Compiled:
 
 def fragments(ttgir: str) -> list[str]:
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
-    asm = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line and "mma.sync" in line]
+    asm = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line]
+    asm = [line for line in asm if "mma.sync" in line or "shfl.sync" in line]
     return sorted({layouts[name] for line in asm for name in re.findall(r"(#\w+)>", line.split(" : ")[-1])})
 
 

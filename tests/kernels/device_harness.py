@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kernels import fragments
+from kernels import fragments, kept
 from kernels.delta_linear.reference import matrix
 from kernels.deltas import DenseDelta, LinearDelta, LowRankDelta, RowsDelta, SignDelta
 from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
@@ -21,7 +21,7 @@ POISON = 0xFF
 
 Spec = dict[str, Any]
 """What one entry has for one target: signs=P, col=True, quant=bits, rank=r, members=(1,) (of the low-rank part: those
-that have one), dense=True, rows=R, extra=n (outputs beyond the base's)."""
+that have one), dense=True, kept=Form, rows=R, extra=n (outputs beyond the base's)."""
 ENTRIES: dict[str, Spec] = {
     "signs": {"signs": 1},
     "two planes": {"signs": 2},
@@ -71,12 +71,15 @@ class World:
     def kinds(self) -> Kinds:
         """The smallest that covers every entry."""
         table = self.deltas.table_EJF
+        forms = [kept.Form.of(code) for code in table[..., Field.FORM].flatten().tolist() if code]
         return Kinds(
             signs=bool((table[..., Field.PLANES] > 0).any()),
             columns=bool((table[..., Field.COL] != NONE).any()),
             planes=max(1, int(table[..., Field.PLANES].max())),
             rank=int(table[..., Field.RANK].max()),
             dense=bool((table[..., Field.DENSE] != NONE).any()),
+            compact=max(form.bits for form in forms) if forms else 0,
+            tall=bool(forms) and all(form.mask_rows == 64 for form in forms),
             rows=bool((table[..., Field.ROWS] > 0).any()),
         )
 
@@ -98,7 +101,7 @@ def world(
     gen = torch.Generator().manual_seed(seed)
     writer = SlabWriter()
     table = torch.zeros(len(entries) + 1, len(targets), FIELDS, dtype=torch.int32)
-    offsets = [f for f in Field if f not in (Field.PLANES, Field.RANK, Field.ROWS, Field.OUTPUTS)]
+    offsets = [f for f in Field if f not in (Field.PLANES, Field.RANK, Field.ROWS, Field.OUTPUTS, Field.FORM)]
     table[:, :, offsets] = NONE
     meaning: dict[tuple[int, int], list[LinearDelta]] = {}
     for e, spec in enumerate(entries, start=1):
@@ -128,6 +131,8 @@ def _add(
         weight = (torch.randn(n, k, generator=gen) * 0.02).to(dtype)
         row_F[Field.DENSE] = writer.add(weight)
         found.append(DenseDelta(weight))
+    if form := spec.get("kept"):
+        found.append(_add_kept(writer, row_F, replace(target, outputs=n), form, gen))
     if count := spec.get("rows", 0):
         index = torch.randperm(n, generator=gen)[:count].sort().values
         value = torch.randn(count, k, generator=gen).to(dtype)
@@ -184,6 +189,28 @@ def _add_quant(
     row_F[Field.ZERO] = writer.add(zero)
     planes = SignDelta(sign_PNk, weights_P[:, None] * scale_N, None, k)
     return [planes, DenseDelta((-scale_N / 2)[:, None].expand(n, k).contiguous())]
+
+
+def _add_kept(
+    writer: SlabWriter, row_F: torch.Tensor, target: Target, form: kept.Form, gen: torch.Generator
+) -> LinearDelta:
+    n, k = target.outputs, target.inputs
+    values, groups = form.values(k), -(-k // form.group)
+    q_NV = torch.randint(0, 1 << form.bits, (n, values), dtype=torch.uint8, generator=gen)
+    order = torch.rand(form.blocks(n), groups, form.group, generator=gen).argsort(2)[..., : form.kept]
+    columns_MV = (order + torch.arange(groups)[:, None] * form.group).flatten(1)
+    step_N = torch.rand(n, generator=gen) * 0.01
+    packed = torch.full(form.tile_shape(n, k), -1, dtype=torch.int32)
+    kept.pack_values(q_NV, form, packed)
+    inputs = torch.full(form.input_shape(n, k), POISON, dtype=torch.uint8)
+    kept.pack_inputs(columns_MV, form, inputs)
+    step = torch.nn.functional.pad(step_N, (0, -n % 16)).view(torch.uint8)
+    row_F[Field.KEPT], row_F[Field.INPUTS] = writer.add(packed), writer.add(torch.cat([step, inputs.flatten()]))
+    row_F[Field.FORM] = form.code
+    whole = torch.zeros(n, groups * form.group)
+    for row in range(n):
+        whole[row, columns_MV[row // form.mask_rows]] = (2 * q_NV[row].float() - (2**form.bits - 1)) * step_N[row]
+    return DenseDelta(whole[:, :k].contiguous())
 
 
 def _add_low_rank(

@@ -19,7 +19,7 @@ from bitdelta_core.models.device.step import HostStep, StepBuffers, StepSize
 from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.variant import DeltaConfigLike
 from bitdelta_core.models.weights import Weights
-from kernels.delta_linear import choice
+from kernels.delta_linear import choice, compact
 from kernels.delta_linear.wide import row_tiles
 from kernels.device import UNIT, segment_table
 from tests.unit.models_harness import Running
@@ -36,6 +36,7 @@ def pretend_b1(patch: pytest.MonkeyPatch) -> None:
     """Choose as on a chip with a binary tensor core."""
     rule = choice.rule
     patch.setattr(choice, "rule", lambda target, rows, kinds, b1, *rest: rule(target, rows, kinds, True, *rest))
+    patch.setattr(compact, "choose", lambda target, rows, kinds, device: compact.rule(kinds))
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

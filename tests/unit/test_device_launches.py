@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts the interp
     [
         (None, 8),  # norm, qkv, attention with rope, o, norm, gate and up, SiLU, down
         ("sign", 10),  # and the planes of what attention and SiLU give
+        ("dropout-1", 12),  # kept values for each linear; they gather from x itself
         ("lora", 16),  # two for each linear, and a zeroing that is torch's; no planes
     ],
 )

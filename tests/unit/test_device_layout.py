@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from bitdelta_core.models.parameters import Parameters
 from kernels.delta_linear.reference import unpack_values
 from kernels.device import NONE, UNIT, Field, Kinds, Target
 from kernels.fragments import tiles, unpack
+from kernels.kept import Form
 from tests.tiny import make_base
 from tests.unit.models_harness import FakeDelta, base_state
 from tests.unit.test_models_variants import EMBED, HEAD, KINDS, TABLES, grown_rows, random_delta
@@ -53,6 +56,8 @@ class Filled:
         whole[: base_NK.shape[0]] = base_NK
         if row[Field.PLANES]:
             whole += self._signs(target, n, row)
+        if row[Field.FORM]:
+            whole += self._kept(target, n, Form.of(row[Field.FORM]))
         if row[Field.RANK]:
             a = self.part(target, Field.LORA_A, torch.float32, len(target.members), row[Field.RANK], k)
             b = self.part(target, Field.LORA_B, torch.float32, n, row[Field.RANK])
@@ -86,6 +91,26 @@ class Filled:
             difference += zero[:n, None]
         return difference
 
+    def _kept(self, target: Target, n: int, form: Form) -> torch.Tensor:
+        """Element by element, as `kernels.kept` and `kernels.fragments` define the orders."""
+        k, high = target.inputs, tiles(n, 1)[0]
+        packed = self.part(target, Field.KEPT, torch.int32, *form.tile_shape(n, k)).view(torch.uint8)
+        bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little").reshape(*packed.shape[:3], 8, 4, 4, 32)
+        room = 64 * high + prod(form.input_shape(n, k))
+        inputs = self.part(target, Field.INPUTS, torch.uint8, room)
+        step, places = inputs[: 64 * high].view(torch.float32), inputs[64 * high :].view(form.input_shape(n, k))
+        assert (step[n:] == 0).all()
+        whole = torch.zeros(n, form.values(k) // form.kept * form.group)
+        for v in range(form.values(k)):
+            c, j, lane = v // 256, v // 32 % 8, v % 32
+            g, q = lane // 4, lane % 4
+            column = v // form.kept * form.group + places[:, c, lane, j].long()
+            for row in range(n):
+                word = bits[row // 16, :, c, row % 8, q, row % 16 // 8 + 2 * (g // 4)]
+                value = sum(int(bit) << p for p, bit in enumerate(word[:, 8 * (g % 4) + j]))
+                whole[row, column[row // form.mask_rows]] += (2 * value - (2**form.bits - 1)) * step[row]
+        return whole[:, :k]
+
 
 def check(decoder: Decoder, delta: FakeDelta, base: dict[str, torch.Tensor], *, untied: bool = False) -> Filled:
     """Every matrix and vector of the merged model, from table and slab alone."""
@@ -115,7 +140,7 @@ def test_linears(tmp_path: Path, kind: str) -> None:
         "sign-3-planes": Kinds(signs=True, planes=3),
         "lora": Kinds(rank=16),
         "dense": Kinds(dense=True),
-        "dropout-1": Kinds(signs=True, planes=2),
+        "dropout-1": Kinds(compact=1),
         "dropout-2-row": Kinds(signs=True, planes=3),
         "dropout-4": Kinds(signs=True, planes=5),
     }
@@ -220,6 +245,54 @@ def test_dropout_over_many_rows(tmp_path: Path, mask_rows: int) -> None:
         fields = {**KINDS["dropout-2-row"], "mask_rows": mask_rows}
         delta.add(base, f"model.layers.0.mlp.{name}_proj.weight", torch.Generator().manual_seed(1), **fields)
     check(decoder, delta, base)
+
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("mask_rows", [16, 64])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_blocks_stay_compact(tmp_path: Path, bits: int, mask_rows: int) -> None:
+    """In masks of 64 too where k and v begin inside a block of 64; the bytes are counted, to the byte."""
+    decoder = Decoder.load(make_base(tmp_path / "base", intermediate_size=96, **WIDE))
+    base, delta = base_state(tmp_path / "base"), FakeDelta()
+    fields = {"codec": "deltadq", "alpha": 4, "group": 16, "bits": bits, "scale_layout": "row", "seed": 2**32 - 1}
+    for name in ("q", "k", "v"):
+        fields |= {"mask_rows": mask_rows}
+        delta.add(base, f"model.layers.0.self_attn.{name}_proj.weight", torch.Generator().manual_seed(1), **fields)
+    delta.add(base, "model.layers.0.mlp.up_proj.weight", torch.Generator().manual_seed(2), **fields)
+    filled = check(decoder, delta, base)
+    # v begins at 80 and up at 96, inside blocks of 64.
+    assert filled.layout.kinds == StepKinds(Kinds(compact=bits))
+    expected = 0
+    for blocks in (6, 12):  # of 16 outputs, whose 32 kept inputs take one tile column
+        expected += blocks * bits * 512 + -(-blocks * (16 * 4 + 256) // UNIT) * UNIT
+    assert filled.layout.nbytes == expected
+
+
+def test_masks_of_64_outputs(tmp_path: Path) -> None:
+    decoder = Decoder.load(make_base(tmp_path / "base", intermediate_size=128, **WIDE))
+    base, delta = base_state(tmp_path / "base"), FakeDelta()
+    fields = {"codec": "deltadq", "alpha": 8, "group": 32, "bits": 2, "mask_rows": 64, "seed": 4}
+    for name in ("gate", "up"):
+        delta.add(base, f"model.layers.0.mlp.{name}_proj.weight", torch.Generator().manual_seed(1), **fields)
+    filled = check(decoder, delta, base)
+    assert filled.layout.kinds == StepKinds(Kinds(compact=2, tall=True))
+    assert filled.layout.nbytes == 16 * 2 * 512 + 16 * 64 + 4 * 256
+
+
+def test_forms_that_do_not_go_together(tmp_path: Path) -> None:
+    """Members of another form, embedding and head are expanded to planes."""
+    decoder = Decoder.load(make_base(tmp_path / "base", intermediate_size=96, **WIDE))
+    base, delta = base_state(tmp_path / "base"), FakeDelta()
+    fields = {"codec": "deltadq", "alpha": 4, "group": 16, "bits": 2, "mask_rows": 16, "seed": 4}
+    others = {"q": {}, "k": {"bits": 4}, "v": {"mask_rows": 1}}
+    for name, other in others.items():
+        named = f"model.layers.0.self_attn.{name}_proj.weight"
+        delta.add(base, named, torch.Generator().manual_seed(1), **{**fields, **other})
+    delta.add(base, HEAD, torch.Generator().manual_seed(1), **fields)
+    filled = check(decoder, delta, base)
+    assert filled.layout.kinds == StepKinds(Kinds(signs=True, planes=5, compact=2), head=Kinds(signs=True, planes=3))
 
 
 def test_what_equals_the_base_has_no_parts(tmp_path: Path) -> None:

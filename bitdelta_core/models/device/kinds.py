@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kernels.device import Kinds
+from kernels.kept import MAX_BITS
 
 MAX_PLANES = 8
 MAX_RANK = 512
 _NONE = Kinds()
-_ANY = Kinds(signs=True, columns=True, planes=MAX_PLANES, rank=MAX_RANK, dense=True, rows=True)
+_ANY = Kinds(
+    signs=True, columns=True, planes=MAX_PLANES, rank=MAX_RANK, dense=True, rows=True, compact=MAX_BITS
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ def union(kinds: Sequence[Kinds]) -> Kinds:
         rank=max((k.rank for k in kinds), default=0),
         dense=any(k.dense for k in kinds),
         rows=any(k.rows for k in kinds),
+        compact=max((k.compact for k in kinds), default=0),
+        tall=any(k.compact for k in kinds) and all(k.tall for k in kinds if k.compact),
         single=bool(signed) and all(k.single for k in signed),
     )
 

@@ -42,6 +42,8 @@ OFFSETS = (
     Field.DENSE,
     Field.ROW_INDEX,
     Field.ROW_VALUE,
+    Field.KEPT,
+    Field.INPUTS,
 )
 """The fields that count UNITs from the start of the slab."""
 
@@ -92,7 +94,8 @@ class DeviceLayout:
         linears, vectors = split_entries(delta.tensors, parameters)
         planned: dict[str, list[Part]] = {}
         for name, members in linears.items():
-            found = list(parts.plan(targets[name], _outputs(name, targets[name], config), members, dtype, arena.take))
+            outputs, layer = _outputs(name, targets[name], config), name not in ("embed", "head")
+            found = list(parts.plan(targets[name], outputs, members, dtype, arena.take, compact=layer))
             for field, value in (item for part in found for item in part.fields.items()):
                 table_JF[targets[name].index, field] = value
             planned[name] = found

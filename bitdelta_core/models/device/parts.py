@@ -4,8 +4,9 @@ Members of a fused target may each have another codec: every form spans the whol
 that codec's turn. Planes: as many as the member with most, zero scales for those that another lacks. Low-rank: the
 highest rank, padded to 16. Column scales: ones for members without.
 
-Quantised values and `deltadq`'s odd numbers and zeros become sign planes, one for each bit, and a zero term (which
-cannot stand beside column scales: there `deltadq` members become dense differences).
+`deltadq` with masks shared by blocks of outputs keeps its compact form (`compact`), of one bit width, group and ratio
+in a target. Quantised values, and the odd numbers and zeros of every other `deltadq`, become sign planes, one for each
+bit, and a zero term (which cannot stand beside column scales: there `deltadq` members become dense differences).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bitdelta_core.delta.quant import unpack
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.device.bitplanes import bit_planes
+from bitdelta_core.models.device.compact import Compact, compact_members
 from bitdelta_core.models.device.kinds import MAX_PLANES, MAX_RANK
 from bitdelta_core.models.forms import BaseWeight, Member, Reader, Region, Take, check_finite, whole_rows
 from kernels.device import UNIT, Field, Kinds, Target
@@ -47,11 +49,14 @@ class Part(Protocol):
         ...
 
 
-def plan(target: Target, outputs: int, members: Sequence[Member], dtype: torch.dtype, take: Take) -> Iterator[Part]:
+def plan(
+    target: Target, outputs: int, members: Sequence[Member], dtype: torch.dtype, take: Take, *, compact: bool = False
+) -> Iterator[Part]:
     """The parts of one target.
 
     Args:
         outputs: the variant's own N, at least the base's.
+        compact: whether what reads the target takes kept values alone. Embeddings and heads do not.
 
     Raises:
         DeltaFormatError: more planes or a higher rank than kernels take.
@@ -60,7 +65,10 @@ def plan(target: Target, outputs: int, members: Sequence[Member], dtype: torch.d
         _check_limits(member)
     columns = any(member.entry.scale_layout == "row_col" for member in members)
     by_form: dict[str, list[Member]] = {}
-    for member in members:
+    kept = compact_members(members) if compact else []
+    if kept:
+        yield Compact.plan(target, outputs, kept, take)
+    for member in (m for m in members if m not in kept):
         by_form.setdefault(_form(member.entry, columns), []).append(member)
     for form, group in by_form.items():
         match form:
