@@ -52,7 +52,7 @@ class CompactRun:
         self.base = choose(target, variants, Kinds(), device)
         if device.type == "cpu":
             self.base = Config("unpack")
-        shape = (self.base.split, variants, target.outputs)
+        shape = (self.base.split(target, target.outputs, device), variants, target.outputs)
         out = torch.empty(shape, dtype=self.base.base_dtype(made.dtype), device=device)
         self.nothing, self.out = torch.empty(0, dtype=torch.uint8, device=device), Partials(out, None)
 

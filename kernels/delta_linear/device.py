@@ -83,11 +83,12 @@ def delta_linear(
         case "flat":
             _flat(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
         case "signs" | "unpack":
-            _base(x_TK, weight_NK, out.base_STN[0])
             if kinds.signs and config.impl == "signs":
+                # First: it starts before its predecessor has ended, which cuBLAS's kernels do not let it.
                 _signs(planes, target, deltas, segments_G4, kinds, out, config)
             elif kinds.signs:
                 _unpack(x_TK, target, deltas, segments_G4, kinds, out)
+            _base(x_TK, weight_NK, out.base_STN[0])
     if has_deltas(kinds):
         _others(x_TK, target, deltas, segments_G4, kinds, out, workspace)
 
@@ -217,7 +218,7 @@ def sign_constants(
         "MEMBERS": len(target.members) if kinds.columns else 1,
         "COLUMNS": kinds.columns,
         "MANY": kinds.planes > 1,
-        "LONGEST": 1 if rows == 1 or kinds.single else 4 if rows <= 4 else 8,
+        "LONGEST": 1 if rows == 1 or kinds.single else 4,
         "PDL": pdl,
     }
 

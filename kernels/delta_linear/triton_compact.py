@@ -23,8 +23,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.delta_linear import triton_parts as parts
-from kernels.delta_linear.triton_share import prefetch
 from kernels.delta_linear.triton_parts import FORM, INPUTS, KEPT, OUTPUTS
+from kernels.delta_linear.triton_share import prefetch
 from kernels.delta_linear.triton_signs import multiply
 from kernels.planes import LARGEST
 

@@ -55,44 +55,40 @@ def program_of(one, programs, total):
 
 @triton.jit
 def _tiles(
-    words, OUT, WORDS, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later, part,
-    KB: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, MANY: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    words, OUT, WORDS, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later,
+    KB: tl.constexpr, START: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr,
+    SPREAD: tl.constexpr, ROWS: tl.constexpr, MANY: tl.constexpr, BEGUN: tl.constexpr, ENDS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT[row, n] = (2 sums - x_sum) scale[row] scale[n] of GROUPS of ROWS rows, first and on, tiles tile .. end.
+    """OUT[row, n] = (2 sums - x_sum) scale[row] scale[n] of rows first .. first + ROWS, tiles tile .. end.
 
     Args:
         words: signs of the variant's first tile. outputs: how many it has; OUT is 0 from there on, up to width.
-        x_scale, x_sum: of each group's rows, in the shape of `places`.
-        part: of PARTS, each STEPS * SPREAD blocks of columns. Until the last, OUT holds the integers of those before.
+        x_scale, x_sum: of the rows, in the shape of `places`.
+        START, STEPS: which columns, in blocks and in steps of SPREAD. BEGUN: OUT holds the sums of those before, as
+            integers; ENDS: none follow. With MANY planes it holds floats, to which every part adds.
         later, shifted: with MANY planes, this one adds to what earlier ones left; has zero terms, ZEROS of each output.
     """
     CHAINS: tl.constexpr = 4 if COPIES == TILES and STEPS >= 4 else 2 if STEPS >= 2 else 1
-    start = part * (STEPS * SPREAD)
     planes = ()
-    for p in tl.static_range(GROUPS * ROWS):
-        of = first + p // ROWS * ROWS
-        own = load_planes(WORDS, of, stop, p % ROWS, start, KB, STEPS, COPIES, SPREAD, ROWS, PARTS == 1)
-        planes = planes + (own,)
+    for p in tl.static_range(ROWS):
+        planes = planes + (load_planes(WORDS, first, stop, p, KB, START, STEPS, COPIES, SPREAD, ROWS),)
     e = tl.arange(0, SPREAD * 128)[None, :]
     t = tl.arange(0, TILES)
     for this in tl.range(tile, end, TILES, num_stages=STAGES):
         words_at = words + (this + t)[:, None].to(tl.int64) * (KB * 128) + e
-        signs = load_signs(words_at, (this + t < end)[:, None], start, KB, STEPS, SPREAD, PARTS == 1)
-        for group in tl.static_range(GROUPS):
-            found = sums(
-                signs, planes[group * ROWS : group * ROWS + ROWS], TILES, SPREAD, STEPS, ROWS, CHAINS
-            )  # fmt: skip
-            _store(
-                found, OUT, first + group * ROWS, stop, this, end, width, outputs, SCALES, ZEROS, x_scale[group],
-                x_sum[group], shifted, later, part, TILES, ROWS, MANY, PARTS,
-            )  # fmt: skip
+        signs = load_signs(words_at, (this + t < end)[:, None], KB, START, STEPS, SPREAD)
+        found = sums(signs, planes, TILES, SPREAD, STEPS, ROWS, CHAINS)
+        _store(
+            found, OUT, first, stop, this, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later,
+            TILES, ROWS, MANY, BEGUN, ENDS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _store(
-    found, OUT, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later, part,
-    TILES: tl.constexpr, ROWS: tl.constexpr, MANY: tl.constexpr, PARTS: tl.constexpr,
+    found, OUT, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later,
+    TILES: tl.constexpr, ROWS: tl.constexpr, MANY: tl.constexpr, BEGUN: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """What `_tiles` does with the sums of TILES tiles from one on, and rows first .. first + ROWS."""
     row, n = places(ROWS)
@@ -102,53 +98,44 @@ def _store(
     mask = (row < stop) & (n < tl.minimum(width, end * 16))
     at = row.to(tl.int64) * width + n
     INTEGERS = OUT.to(tl.pointer_type(tl.int32), bitcast=True)
-    if MANY:
-        # Several planes add up as floats, part by part.
-        x_sum = tl.where(part == 0, x_sum, 0)
+    if BEGUN and not MANY:
+        found += tl.load(INTEGERS + at, mask=mask, other=0)
+    if ENDS or MANY:
         scale = tl.load(SCALES + n, mask=inside, other=0.0)
-        y = (2 * found - x_sum).to(tl.float32) * (x_scale * scale)
-        y += tl.load(ZEROS + n, mask=inside & shifted, other=0.0) * (x_sum.to(tl.float32) * x_scale)
-        y += tl.load(OUT + at, mask=mask & (later | (part > 0)), other=0.0)
+        if MANY and BEGUN:
+            y = (2 * found).to(tl.float32) * (x_scale * scale)
+            y += tl.load(OUT + at, mask=mask, other=0.0)
+        else:
+            y = (2 * found - x_sum).to(tl.float32) * (x_scale * scale)
+        if MANY and not BEGUN:
+            y += tl.load(ZEROS + n, mask=inside & shifted, other=0.0) * (x_sum.to(tl.float32) * x_scale)
+            y += tl.load(OUT + at, mask=mask & later, other=0.0)
         tl.store(OUT + at, tl.where(inside, y, 0.0), mask=mask)
     else:
-        scale = tl.load(SCALES + n, mask=inside, other=0.0)
-        if PARTS > 1:
-            found += tl.load(INTEGERS + at, mask=mask & (part > 0), other=0)
-        y = (2 * found - x_sum).to(tl.float32) * (x_scale * scale)
-        y = tl.where(inside, y, 0.0)
-        if PARTS > 1:
-            tl.store(INTEGERS + at, tl.where(part == PARTS - 1, y.to(tl.int32, bitcast=True), found), mask=mask)
-        else:
-            tl.store(OUT + at, y, mask=mask)
+        tl.store(INTEGERS + at, found, mask=mask)
 
 
 @triton.jit
 def _rows(
     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
     KB: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
+    MANY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """GROUPS of ROWS rows of one plane: in as many parts of K as their planes ask for by their registers."""
+    """Rows first .. first + ROWS of one plane: in as many parts of K as their planes' registers ask for."""
     ALL: tl.constexpr = (KB + SPREAD - 1) // SPREAD
-    PARTS: tl.constexpr = (ALL * ROWS * GROUPS * 4 + _MOST_REGISTERS - 1) // _MOST_REGISTERS
+    PARTS: tl.constexpr = (ALL * ROWS * 4 + _MOST_REGISTERS - 1) // _MOST_REGISTERS
     STEPS: tl.constexpr = (ALL + PARTS - 1) // PARTS
     row, _ = places(ROWS)
-    x_scale, x_sum = (), ()
-    for group in tl.static_range(GROUPS):
-        there = tl.minimum(first + group * ROWS + row, stop - 1)
-        x_scale, x_sum = x_scale + (tl.load(XSCALE + there),), x_sum + (tl.load(XSUM + there),)
-    if PARTS == 1:
+    there = tl.minimum(first + row, stop - 1)
+    x_scale = tl.load(XSCALE + there)
+    x_sum = tl.load(XSUM + there)
+    for part in tl.static_range(PARTS):
+        if part > 0:
+            tl.debug_barrier()  # it reads what other threads wrote
         _tiles(
-            words, OUT, WORDS, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later, 0,
-            KB, STEPS, TILES, COPIES, SPREAD, ROWS, GROUPS, MANY, PARTS, STAGES,
+            words, OUT, WORDS, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later,
+            KB, part * STEPS * SPREAD, STEPS, TILES, COPIES, SPREAD, ROWS, MANY, part > 0, part == PARTS - 1, STAGES,
         )  # fmt: skip
-    else:
-        for part in range(PARTS):
-            _tiles(
-                words, OUT, WORDS, first, stop, tile, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted,
-                later, part, KB, STEPS, TILES, COPIES, SPREAD, ROWS, GROUPS, MANY, PARTS, STAGES,
-            )  # fmt: skip
-            tl.debug_barrier()  # the next part reads what other threads wrote
 
 
 @triton.jit
@@ -157,25 +144,25 @@ def _plane(
     KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr,
     LONGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All rows of a segment, one plane. Where some variant has several rows, all warps share a tile's columns, and a
-    single row is multiplied as four are: that is still less than reading its signs."""
+    """All rows of a segment, one plane. Where a variant has several rows, all warps share a tile's columns, and four
+    rows are multiplied at once."""
+    COPIES: tl.constexpr = 1 if SPREAD == WARPS else TILES
     if LONGEST == 1:
-        COPIES: tl.constexpr = 1 if SPREAD == WARPS else TILES
         _rows(
             words, OUT, WORDS, XSCALE, XSUM, start, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
-            KB, TILES, COPIES, SPREAD, 1, 1, MANY, STAGES,
+            KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
         )  # fmt: skip
     else:
-        for first in range(start, stop, 8):
-            if (LONGEST == 4) | (stop - first <= 4):
+        for first in range(start, stop, 4):
+            if stop - first == 1:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, 2, 1, WARPS, 4, 1, MANY, _SEVERAL_STAGES,
+                    later, KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
                 )  # fmt: skip
             else:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, 1, 1, WARPS, 4, 2, MANY, _SEVERAL_STAGES,
+                    later, KB, 1, 1, WARPS, 4, MANY, _SEVERAL_STAGES,
                 )  # fmt: skip
             tl.debug_barrier()
 
@@ -331,7 +318,7 @@ def sign_share(
         M1, M2: first tiles of the second and third member, all tiles where there are none. MEMBERS: 1 where COLUMNS
             is not set: members matter for column scales alone.
         TILES: multiplied at once. SPREAD: warps that share the columns of a row's tile; a power of two, of WARPS.
-        LONGEST: most rows that are multiplied at once: 1 where no segment has more, 4 or 8.
+        LONGEST: 1 where no segment has more rows than that.
         STAGES: Triton's: how many steps of TILES there are, at various stages.
     """
     tiles = (width + 15) // 16

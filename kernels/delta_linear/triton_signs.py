@@ -46,16 +46,14 @@ def multiply(signs, planes, low, high):
 
 @triton.jit
 def load_planes(
-    WORDS, first, stop, p, start,
-    KB: tl.constexpr, STEPS: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WORDS, first, stop, p,
+    KB: tl.constexpr, START: tl.constexpr, STEPS: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS: STEPS of int32
-    [COPIES, SPREAD * 128], blocks of columns from `start` on, zero beyond the last. Rows beyond the last repeat it.
+    [COPIES, SPREAD * 128], blocks of columns from START on, zero beyond the last. Rows beyond the last repeat it.
 
-    Args:
-        COPIES: one, or one for each tile where each is another warp's: they would else pass from warp to warp.
-        WHOLE: whether `start` is 0.
+    COPIES: one, or one for each tile where each is another warp's: they would else pass from warp to warp.
     """
     e = tl.arange(0, SPREAD * 128)[None, :]
     column = e // 16 % 8
@@ -65,16 +63,14 @@ def load_planes(
     planes = ()
     for s in tl.static_range(STEPS):
         inside = tl.arange(0, COPIES)[:, None] >= 0
-        if not WHOLE or (s + 1) * SPREAD > KB:
-            inside = inside & (e < (KB - start - s * SPREAD) * 128)
-        planes = planes + (tl.load(words + (start + s * SPREAD) * 128, mask=inside, other=0),)
+        if START + (s + 1) * SPREAD > KB:
+            inside = inside & (e < (KB - START - s * SPREAD) * 128)
+        planes = planes + (tl.load(words + (START + s * SPREAD) * 128, mask=inside, other=0),)
     return planes
 
 
 @triton.jit
-def load_signs(
-    at, inside, start, KB: tl.constexpr, STEPS: tl.constexpr, SPREAD: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+def load_signs(at, inside, KB: tl.constexpr, START: tl.constexpr, STEPS: tl.constexpr, SPREAD: tl.constexpr):
     """STEPS of int32 [TILES, SPREAD * 128]. Where columns have ended planes are zero, and signs do not matter.
 
     Args:
@@ -84,9 +80,9 @@ def load_signs(
     e = tl.arange(0, SPREAD * 128)[None, :]
     for s in tl.static_range(STEPS):
         mask = inside
-        if not WHOLE or (s + 1) * SPREAD > KB:
-            mask = mask & (e < (KB - start - s * SPREAD) * 128)
-        found = tl.load(at + (start + s * SPREAD) * 128, mask=mask, other=0, eviction_policy="evict_first")
+        if START + (s + 1) * SPREAD > KB:
+            mask = mask & (e < (KB - START - s * SPREAD) * 128)
+        found = tl.load(at + (START + s * SPREAD) * 128, mask=mask, other=0, eviction_policy="evict_first")
         signs = signs + (found,)
     return signs
 

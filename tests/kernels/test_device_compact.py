@@ -193,12 +193,13 @@ def test_whole_linears(name: str, specs: list[dict], impl: str) -> None:
     dtype, target = torch.float32 if DEVICE.type == "cpu" else DTYPES[0], Target(0, 58, 260, (0, 16, 48))
     made, batch = world([target], specs, dtype), rows([1, 2, 2, 3, 0], padding=1)
     kinds, x = made.kinds(), activations(6, 260, dtype)
-    config = Config("flat", split=2, inner=32, stages=2, tiles=2) if impl == "flat" else Config("unpack")
+    config = Config("flat", inner=32, stages=2, depth=2) if impl == "flat" else Config("unpack")
     weight = (torch.randn(58, 260, generator=torch.Generator().manual_seed(9)) * 0.05).to(x)
     planes = Planes.empty(kinds.sets(target), 6, 260, DEVICE) if kinds.signs else None
     if planes is not None:
         prepare_planes(x, planes, target, made.deltas, batch.entry_T, kinds)
-    out = Partials(poisoned((config.split, 6, 58), config.base_dtype(dtype)), poisoned((6, 58), torch.float32))
+    split = config.split(target, 58, DEVICE)
+    out = Partials(poisoned((split, 6, 58), config.base_dtype(dtype)), poisoned((6, 58), torch.float32))
     room = wide.workspace_bytes(target, 6, kinds, dtype)
     delta_linear(
         x, planes, weight, target, made.deltas, batch.segments_G4, kinds, out,

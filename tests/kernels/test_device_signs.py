@@ -128,9 +128,7 @@ def test_every_kind_in_one_batch(config: Config, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 3], [4], [2, 1, 5, 8, 9], [33]], ids=str)
-@pytest.mark.parametrize(
-    "config", [TWO, WIDE, Config("unpack")], ids=["signs", "wide", "unpack"]
-)
+@pytest.mark.parametrize("config", [TWO, WIDE, Config("unpack")], ids=["signs", "wide", "unpack"])
 def test_segments_of_every_length(lengths: list[int], config: Config) -> None:
     """Kernels take one, four or eight rows of a variant at a time."""
     target, made = Target(0, 10, 260), world([Target(0, 10, 260)], [{"signs": 1}] * len(lengths), torch.float32)

@@ -11,8 +11,8 @@ import torch
 
 from kernels import configs
 from kernels.delta_linear import choice
-from kernels.delta_linear.choice import FLAT_ROWS, Config, candidates, choose, key, rule, settings
-from kernels.delta_linear.device import member_blocks, split_of
+from kernels.delta_linear.choice import FLAT_ROWS, Config, candidates, choose, key, program_of, rule, settings
+from kernels.delta_linear.device import member_blocks, member_tiles
 from kernels.delta_linear.self_check import SelfCheck, native_b1
 from kernels.device import Kinds, Target
 
@@ -36,6 +36,7 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(choice, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(choice, "self_check", lambda device: SelfCheck(True, ""))
+    monkeypatch.setattr(choice, "_shared_bytes", lambda device: choice._SHARED_BYTES)
     monkeypatch.setattr(configs, "_ROOT", tmp_path)
     configs._table.cache_clear()
     file = configs.path("delta_linear", "NVIDIA H200")
@@ -52,14 +53,18 @@ def test_candidates_begin_with_the_rule(shape: tuple[int, int], rows: int, kinds
     assert found[0] == rule(target, rows, kinds, b1=True)
     assert len(set(found)) == len(found) <= 60
     assert {c.impl for c in found} == ({"flat", "signs"} if rows <= 2 * FLAT_ROWS else {"signs"})
-    assert all(c.split == 1 for c in found if c.impl != "flat")
+    assert all(c.split(target, target.outputs, "cpu") == 1 for c in found if c.impl != "flat")
+    assert all(c.tiles * c.spread % c.warps == 0 for c in found)
 
 
 def test_rule() -> None:
     square, wide = Target(0, 4096, 4096), Target(0, 22016, 4096)
     assert rule(square, 8, SIGNS, b1=True).impl == "flat"
-    assert rule(square, 8, SIGNS, b1=True).split == 4
-    assert rule(wide, 8, SIGNS, b1=True).split == 1
+    assert rule(wide, 8, SIGNS, b1=True).spread == 1
+    assert rule(Target(0, 4096, 11008), 8, SIGNS, b1=True).spread == 4
+    for shared in (46, 78, 100):
+        found = rule(wide, 8, SIGNS, b1=True, shared=shared * 1024)
+        assert (found.depth - 1) * found.tiles * 16 * 512 <= shared * 1024
     assert rule(square, FLAT_ROWS + 1, SIGNS, b1=True).impl == "signs"
     assert rule(square, 8, SIGNS, b1=False).impl == "unpack"
     assert rule(square, 8, Kinds(), b1=False).impl == "flat"
@@ -67,10 +72,10 @@ def test_rule() -> None:
 
 def test_measured_configurations_come_first(on_h200: Path) -> None:
     target, device = Target(0, 4096, 4096), torch.device("cuda")
-    measured = Config("flat", split=8, tiles=8)
+    measured = Config("flat", tiles=8)
     on_h200.write_text(json.dumps({key(target, 8, SIGNS): settings(measured)}))
     assert choose(target, 7, SIGNS, device) == measured
-    assert split_of(target, 5, SIGNS, device) == 8
+    assert choose(target, 5, SIGNS, device) == measured
     for kinds in (KINDS["base"], KINDS["columns"]):
         assert choose(target, 8, kinds, device) == rule(target, 8, kinds, b1=True)
 
@@ -90,7 +95,7 @@ def test_the_nearest_measured_rows_serve(on_h200: Path) -> None:
 
 def test_a_chip_that_fails_its_check_unpacks(on_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(0, 4096, 4096)
-    on_h200.write_text(json.dumps({key(target, 8, SIGNS): asdict(Config("flat", split=8))}))
+    on_h200.write_text(json.dumps({key(target, 8, SIGNS): asdict(Config("flat", tiles=8))}))
     monkeypatch.setattr(choice, "self_check", lambda device: SelfCheck(False, "off by 1"))
     assert choose(target, 8, SIGNS, torch.device("cuda")).impl == "unpack"
 
@@ -106,6 +111,26 @@ def test_capabilities() -> None:
 
 def test_blocks_of_members() -> None:
     """Members of 7, 3 and 6 tiles in blocks of 2: 4 + 2 + 3."""
-    target, config = Target(0, 250, 300, (0, 112, 160)), Config("signs", tiles=2)
-    assert member_blocks(target, 250, Kinds(signs=True, columns=True), config) == (9, 7, 10)
-    assert member_blocks(target, 250, SIGNS, config) == (8, 16, 16)
+    target = Target(0, 250, 300, (0, 112, 160))
+    assert member_blocks(target, 250, Kinds(signs=True, columns=True), 2) == (9, 7, 10)
+    assert member_blocks(target, 250, SIGNS, 2) == (8, 16, 16)
+    assert member_tiles(target, 250) == (7, 10)
+    assert member_tiles(Target(0, 250, 300), 250) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "resident"), [(4096, 4096, 2), (12288, 4096, 3), (40, 300, 3), (64, 64, 2)]
+)
+def test_shares_cover_every_step(outputs: int, inputs: int, resident: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`split` partials hold what the programs that share a tile leave, whatever does not come out even."""
+    monkeypatch.setattr(choice, "multiprocessors", lambda device: 132)
+    target, config = Target(0, outputs, inputs), Config("flat", resident=resident)
+    tiles, steps = -(-outputs // 64), -(-inputs // 64)
+    programs = config.sharing(target, outputs, "cpu")
+    whose = [program_of(step, programs, tiles * steps) for step in range(tiles * steps)]
+    assert whose == sorted(whose)
+    assert set(whose) == set(range(programs))
+    shares = [whose.count(program) for program in set(whose)]
+    assert max(shares) - min(shares) <= 1
+    of_tiles = [set(whose[tile * steps : (tile + 1) * steps]) for tile in range(tiles)]
+    assert config.split(target, outputs, "cpu") == max(map(len, of_tiles))
