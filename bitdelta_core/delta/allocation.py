@@ -1,10 +1,10 @@
 """Spreading a budget of bits over all matrices of a delta at once, and over the components of each.
 
 Each difference D [N, K] is decomposed where errors weigh what they cost the model: with M_K the second moment of the
-inputs and M_N that of the loss's gradients at the outputs, M_N^(1/2) D M_K^(1/2) = U S V^T. Rounding a value of
+inputs and M_N that of the loss's gradients at the outputs, L_N^T D L_K = U S V^T where L L^T = M. Rounding a value of
 component i of a factor with step t costs s_i * t^2 / 12 times the mean weight, so equal costs need steps
 delta / sqrt(s_i * weight): one number delta for the whole delta decides everything (reverse water-filling; Cover and
-Thomas, section 10.3), and bisection finds the delta that fits the budget.
+Thomas, section 10.3), and bisection finds the delta that fits the budget. All of it runs where the difference lies.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from bitdelta_core.delta.spectral import STEPS_PER_OCTAVE, Coded, component_scal
 RIDGE = 0.2
 """Of the mean, added to every second moment: tasks differ from calibration text. 0.02 and 1 kept less."""
 _HALVINGS = 18
+_SAMPLED = 256
+"""Columns of a side that stand for all of them while the budget is spread."""
+_CORRECTIONS, _FILLED = 4, 0.998
 _OVERHEAD_BITS = 24
 """Of a component: its exponent and two spreads."""
 _MATRIX_BITS = 8 * 40
@@ -32,19 +35,21 @@ class Metric:
 
     moment: torch.Tensor | None = None
 
-    def roots(self, size: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """(root, inverse root, mean weight), the roots [M, M] or [M], the ridge included."""
+    def factor(self, size: int, like: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """(L, mean weight) with L L^T the moment, its ridge included: lower triangular [M, M], or a diagonal [M]."""
         if self.moment is None:
-            ones = torch.ones(size, dtype=torch.float64)
-            return ones, ones, 1.0
-        moment = self.moment.double()
+            return torch.ones(size, dtype=like.dtype, device=like.device), 1.0
+        moment = self.moment.to(like.device, like.dtype)
         if moment.ndim == 1:
             weight = moment + moment.mean().clamp_min(1e-30)  # rare rows may not be rare in the task: a full mean
-            return weight.sqrt(), weight.rsqrt(), weight.mean().item()
+            return weight.sqrt(), weight.mean().item()
         mean = moment.diagonal().mean().clamp_min(1e-30)
-        values, vectors = torch.linalg.eigh(moment + RIDGE * mean * torch.eye(size, dtype=torch.float64))
-        roots = values.clamp_min(1e-3 * RIDGE * mean).sqrt()
-        return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T, (mean * (1 + RIDGE)).item()
+        moment = moment / mean  # gradients may be so small that their squares are near the least float32
+        moment.diagonal().add_(RIDGE)
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if failed.any():
+            factor = torch.linalg.cholesky(moment.double()).to(like.dtype)
+        return factor * mean.sqrt(), (mean * (1 + RIDGE)).item()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +68,17 @@ class Spectrum:
 
 
 def decompose(difference: torch.Tensor, inputs: Metric, outputs: Metric, rank: int) -> Spectrum:
-    """The first `rank` components of fp32 [N, K]."""
+    """The first `rank` components of fp32 [N, K]: in float64 on a CPU, in float32 on a GPU, and on its device."""
     rows, columns = difference.shape
-    root_n, inverse_n, weight_n = outputs.roots(rows)
-    root_k, inverse_k, weight_k = inputs.roots(columns)
-    weighted = _right(_left(root_n, difference.double()), root_k)
+    exact = difference if difference.is_cuda else difference.double()
+    factor_n, weight_n = outputs.factor(rows, exact)
+    factor_k, weight_k = inputs.factor(columns, exact)
+    weighted = _weighed(factor_n, _weighed(factor_k, exact.T).T)
     u, s, v = _svd(weighted, min(rank, rows, columns))
     balance = s.sqrt()
     return Spectrum(
-        a_rK=_right((v * balance).T, inverse_k).float(),
-        b_rN=_left(inverse_n, u * balance).T.float(),
+        a_rK=_unweighed(factor_k, v * balance).T.float().contiguous(),
+        b_rN=_unweighed(factor_n, u * balance).T.float().contiguous(),
         s_r=s.float(),
         weights=(weight_k, weight_n),
     )
@@ -122,48 +128,108 @@ def code_bits(coded: Coded | None) -> float:
     """Bits that storing takes, to within a fraction of a per cent; never much less than it really takes."""
     if coded is None:
         return 0.0
-    symbols = coded.a_rK.numel() + coded.b_rN.numel()
-    flush = 32 * entropy.lanes_of(symbols)
-    values = sum(entropy.best_classes(side)[1].sum().item() for side in (coded.a_rK, coded.b_rN))
-    return 1.002 * values + flush + _OVERHEAD_BITS * coded.rank + _MATRIX_BITS
+    return _bits((coded.a_rK, coded.b_rN), (coded.a_rK.shape[1], coded.b_rN.shape[1]))
+
+
+def _bits(sides: tuple[torch.Tensor, torch.Tensor], lengths: tuple[int, int]) -> float:
+    """`sides` may be samples of rows that are so long."""
+    rank = sides[0].shape[0]
+    flush = 32 * entropy.lanes_of(rank * sum(lengths))
+    values = sum(
+        entropy.best_classes(side)[1].sum().item() * length / side.shape[1]
+        for side, length in zip(sides, lengths, strict=True)
+    )
+    return 1.002 * values + flush + _OVERHEAD_BITS * rank + _MATRIX_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class _Sketch:
+    """Every so many of a spectrum's columns, which tell what all of them would take."""
+
+    sample: Spectrum
+    lengths: tuple[int, int]
+
+    @classmethod
+    def of(cls, spectrum: Spectrum) -> _Sketch:
+        a_rK, b_rN = (side[:, :: -(-side.shape[1] // _SAMPLED)].clone() for side in (spectrum.a_rK, spectrum.b_rN))
+        lengths = spectrum.a_rK.shape[1], spectrum.b_rN.shape[1]
+        return cls(Spectrum(a_rK, b_rN, spectrum.s_r, spectrum.weights), lengths)
+
+    def bits(self, delta: float) -> float:
+        coded = quantise(self.sample, delta)
+        return 0.0 if coded is None else _bits((coded.a_rK, coded.b_rN), self.lengths)
 
 
 def fit(spectra: Mapping[str, Callable[[], Spectrum]], budget_bits: float) -> float:
-    """The smallest delta whose code fits the budget. Spectra are fetched one at a time."""
+    """A delta whose code fits the budget and fills it to within a fraction of a per cent.
 
-    def spent(delta: float) -> float:
-        total = 0.0
-        for load in spectra.values():
-            total += code_bits(quantise(load(), delta))
-            if total > budget_bits:
-                break
-        return total
+    Found on samples and corrected by what the whole takes: spectra, fetched one at a time, are read a few times only.
+    """
+    sketches = [_Sketch.of(load()) for load in spectra.values()]
+    wanted, fitting, delta = budget_bits, torch.inf, 0.0
+    for _ in range(_CORRECTIONS):
+        delta = _bisected(sketches, wanted)
+        spent = _spent(spectra, delta)
+        if spent <= budget_bits:
+            fitting = min(fitting, delta)
+            if spent >= _FILLED * budget_bits or wanted > budget_bits:
+                return fitting
+        if not spent:
+            break
+        wanted *= (1 + _FILLED) / 2 * budget_bits / spent
+    while fitting == torch.inf:
+        delta *= 1.005
+        if _spent(spectra, delta) <= budget_bits:
+            fitting = delta
+    return fitting
 
-    high = max((load().s_r[0].item() for load in spectra.values()), default=0.0)
+
+def _spent(spectra: Mapping[str, Callable[[], Spectrum]], delta: float) -> float:
+    return sum(code_bits(quantise(load(), delta)) for load in spectra.values())
+
+
+def _bisected(sketches: list[_Sketch], budget_bits: float) -> float:
+    high = max((sketch.sample.s_r[0].item() for sketch in sketches), default=0.0)
     low = high * 1e-7
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5
-        if spent(middle) > budget_bits:
+        if _exceed(sketches, middle, budget_bits):
             low = middle
         else:
             high = middle
     return high
 
 
-def _left(root: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return root[:, None] * matrix if root.ndim == 1 else root @ matrix
+def _exceed(sketches: list[_Sketch], delta: float, budget_bits: float) -> bool:
+    total = 0.0
+    for sketch in sketches:
+        total += sketch.bits(delta)
+        if total > budget_bits:
+            return True
+    return False
 
 
-def _right(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    return matrix * root if root.ndim == 1 else matrix @ root
+def _weighed(factor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """L^T M"""
+    return factor[:, None] * matrix if factor.ndim == 1 else factor.T @ matrix
+
+
+def _unweighed(factor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """L^-T M"""
+    if factor.ndim == 1:
+        return matrix / factor[:, None]
+    return torch.linalg.solve_triangular(factor.T, matrix, upper=True)
 
 
 def _svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(U [N, r], s [r], V [K, r]) through the smaller Gram matrix: exact enough in float64, and fast."""
+    """(U [N, r], s [r], V [K, r]) through the smaller Gram matrix, which is fast.
+
+    V is orthonormal whatever the Gram matrix has lost, so that the product is exact, and small components merely mixed.
+    """
     if matrix.shape[0] < matrix.shape[1]:
         v, s, u = _svd(matrix.T, rank)
         return u, s, v
     v = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
     scaled = matrix @ v
     s = scaled.norm(dim=0)
-    return scaled / s.clamp_min(1e-300), s, v
+    return scaled / s.clamp_min(torch.finfo(s.dtype).tiny), s, v

@@ -3,15 +3,16 @@
 Every changed matrix, embedding and head included, is decomposed where errors weigh what they cost (`sensitivity.py`,
 `allocation.py`), and one budget is spread over all of them: what matters little gets no bytes at all. Vectors stay
 whole, and embeddings of which few rows changed are stored as those rows. Then the factors are trained (`refine.py`).
-Memory: one matrix at a time, but calibration and training hold the model (training twice), and OUT.stage holds the
-decompositions until the delta is done. docs/fidelity.md has what this rests on.
+Memory: one matrix at a time, but calibration and training hold the model (training twice, and 16 bytes for each value
+that it trains), and OUT.stage holds the decompositions until the delta is done. On a GPU all of it but reading and
+writing happens there. docs/fidelity.md has what this rests on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,13 +21,15 @@ from typing import Any
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta import allocation, sensitivity
+from bitdelta_core.delta import allocation, sensitivity, spectral
 from bitdelta_core.delta.allocation import Metric, Spectrum
 from bitdelta_core.delta.budget import Budget, Plan
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.codecs import encode
 from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.device import chosen_device, room
 from bitdelta_core.delta.distill import DistillOptions, tokenise
+from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
 from bitdelta_core.delta.pairing import Pairing
 from bitdelta_core.delta.refine import Bench, Coding, fidelity
@@ -42,7 +45,9 @@ DISTILL = DistillOptions(steps=100, lr=0.01)
 _MARGIN = 0.95
 """Of the budget, where training begins: values that leave zero cost bits."""
 _SEARCHES = 6
-_CACHED_BYTES = 4 * 10**9
+_TRAINED_BYTES = 16
+"""Of a value: itself, its gradient, and Adam's two moments, in fp32."""
+Known = MutableMapping[str, Spectrum]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,15 +111,22 @@ def compress(
     revision: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total, name: None,
+    device: str | None = None,
+    known: Known | None = None,
 ) -> Path:
     """Write the delta of a full fine-tune to `out`. An interrupted run goes on when started again.
+
+    `device`: "cpu" or "cuda"; None: a GPU where there is one. `known`: decompositions of calls with the same models and
+    text but other budgets, the largest first; they are added to it and stay in memory, instead of in OUT.stage.
 
     Raises:
         CheckpointError: a directory cannot be read, or the two do not belong together.
         InvalidRequest: `out` exists or cannot be written, the calibration text cannot be used, an option is out of
-            range, the budget is too small for what must be stored whole, or the fine-tune is an adapter.
+            range, the budget is too small for what must be stored whole, there is no such device, or the fine-tune is
+            an adapter.
     """
     options.check()
+    used = chosen_device(device)
     check_absent(out)
     if is_adapter(finetune_path):
         raise InvalidRequest(f"{finetune_path} is a PEFT adapter: it is taken as it is (codec lora)", param="codec")
@@ -127,7 +139,7 @@ def compress(
     config = plan.config(pairing, base_name=base_name, revision=revision, provenance=provenance)
     stage = Stage(out, hashlib.sha256(config.to_json()).hexdigest())
     batches = tokenise(base, fine, text, options.reading) if options.calibrate else None
-    run = Run(pairing, options, plan, stage, batches, progress)
+    run = Run(pairing, options, plan, stage, batches, progress, used, known)
     coding, measured = run.coding()
     config = replace(config, provenance={**config.provenance, "measured": measured}, format_version=0)
     written = _write(out, config, run, coding, shard_bytes)
@@ -145,12 +157,18 @@ class Run:
     stage: Stage
     batches: Batches | None
     progress: Progress
+    device: torch.device
+    known: Known | None = None
     _models: list[Any] = field(default_factory=list)
 
     def coding(self) -> tuple[Coding, dict[str, float]]:
         """The factors to store, and what was measured on the way."""
         for name, metrics in self._missing():
-            self.stage.save(_file(name), _tensors(self._decompose(name, *metrics)))
+            found = self._decompose(name, *metrics)
+            if self.known is None:
+                self.stage.save(_file(name), _tensors(found))
+            else:
+                self.known[name] = found
             self.pairing.release()
         spectra = self._spectra()
         if self.options.min_fidelity is not None:
@@ -160,14 +178,24 @@ class Run:
             coding = _quantised(spectra, budget)
         if self.options.distill is None or self.batches is None or not any(coding.values()):
             return coding, {}
+        trained = [coded for name, coded in coding.items() if coded is not None and name not in (EMBEDDING, HEAD)]
+        values = sum(coded.a_rK.numel() + coded.b_rN.numel() for coded in trained)
+        needed = _TRAINED_BYTES * values + 2 * self.pairing.fine.nbytes_16bit
+        if needed > 0.8 * room(self.device):
+            return coding, {"untrained_for_want_of_bytes": float(needed)}
         return self._trained(spectra, coding, budget, self.options.distill)
 
     def _missing(self) -> Iterator[tuple[str, sensitivity.Metrics]]:
         """Matrices that no earlier run decomposed, with their metrics."""
-        names = [name for name in self.plan.pool if _file(name) not in self.stage]
+        names = [name for name in self.plan.pool if not self._has(name)]
         for i, (name, metrics) in enumerate(self._measured(names)):
             self.progress(i, len(names), name)
             yield name, metrics
+
+    def _has(self, name: str) -> bool:
+        if self.known is None:
+            return _file(name) in self.stage
+        return name in self.known and len(self.known[name].s_r) >= self.plan.rank_limit(*self.plan.pool[name])
 
     def _measured(self, names: list[str]) -> Iterator[tuple[str, sensitivity.Metrics]]:
         if self.batches is None:
@@ -182,14 +210,16 @@ class Run:
         common = min(base.shape[0], fine.shape[0])
         if outputs.moment is not None:
             outputs = Metric(outputs.moment[:common] if outputs.moment.ndim == 1 else outputs.moment)
-        difference = fine[:common].float() - base[:common].float()
+        difference = fine[:common].to(self.device).float() - base[:common].to(self.device).float()
         return allocation.decompose(difference, inputs, outputs, self.plan.rank_limit(common, fine.shape[1]))
 
     def _spectra(self) -> dict[str, Callable[[], Spectrum]]:
         names = list(self.plan.pool)
-        load: Callable[[str], Spectrum] = partial(_loaded, self.stage)
+        if self.known is not None:
+            return {name: partial(self.known.__getitem__, name) for name in names}
+        load: Callable[[str], Spectrum] = partial(_loaded, self.stage, self.device)
         size = sum((self.stage.path / f"{_file(name)}.safetensors").stat().st_size for name in names)
-        load = cache(load) if size <= _CACHED_BYTES else load
+        load = cache(load) if 2 * size <= room(self.device) / 2 else load
         return {name: partial(load, name) for name in names}
 
     def _search(self, spectra: Mapping[str, Callable[[], Spectrum]]) -> tuple[Coding, float]:
@@ -233,7 +263,7 @@ class Run:
 
     def _model(self, index: int) -> Any:
         while len(self._models) <= index:
-            self._models.append(sensitivity.load_model(self.pairing.fine))
+            self._models.append(sensitivity.load_model(self.pairing.fine, self.device))
         return self._models[index]
 
     def _unchanged(self, name: str) -> torch.Tensor:
@@ -244,8 +274,10 @@ class Run:
 
 def _write(out: Path, config: DeltaConfig, run: Run, coding: Coding, shard_bytes: int) -> Path:
     coded: dict[str, tuple[TensorEntry, dict[str, torch.Tensor]]] = {}
+    stored = {name: factors for name, factors in coding.items() if factors is not None}
+    all_parts = dict(zip(stored, spectral.parts_of(list(stored.values()), run.device), strict=True))
     for name, factors in coding.items():
-        entry, parts = run.plan.entry(run.pairing, name, factors)
+        entry, parts = run.plan.entry(run.pairing, name, factors, all_parts.get(name, {}))
         if entry is not None:
             coded[name] = entry, parts
     entries = sorted([*run.plan.exact, *(entry for entry, _ in coded.values())], key=lambda entry: entry.name)
@@ -264,7 +296,8 @@ def _write(out: Path, config: DeltaConfig, run: Run, coding: Coding, shard_bytes
 
 def _quantised(spectra: Mapping[str, Callable[[], Spectrum]], bits: float) -> dict[str, Coded | None]:
     delta = allocation.fit(spectra, bits)
-    return {name: allocation.quantise(load(), delta) for name, load in spectra.items()}
+    found = {name: allocation.quantise(load(), delta) for name, load in spectra.items()}
+    return {name: None if coded is None else coded.to("cpu") for name, coded in found.items()}
 
 
 def _file(name: str) -> str:
@@ -272,13 +305,18 @@ def _file(name: str) -> str:
 
 
 def _tensors(spectrum: Spectrum) -> dict[str, torch.Tensor]:
-    weights = torch.tensor(spectrum.weights, dtype=torch.float64)
-    return {"a": spectrum.a_rK, "b": spectrum.b_rN, "s": spectrum.s_r, "weights": weights}
+    """Values as halves, of their row's largest: rounding to 127 steps is far coarser, and of a 7B it saves 20 GB."""
+    found = {"s": spectrum.s_r.cpu(), "weights": torch.tensor(spectrum.weights, dtype=torch.float64)}
+    for side, values in (("a", spectrum.a_rK), ("b", spectrum.b_rN)):
+        most = values.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        found |= {side: (values / most).half().cpu(), f"{side}.most": most.cpu()}
+    return found
 
 
-def _loaded(stage: Stage, name: str) -> Spectrum:
+def _loaded(stage: Stage, device: torch.device, name: str) -> Spectrum:
     found = stage.load(_file(name))
-    return Spectrum(found["a"], found["b"], found["s"], (found["weights"][0].item(), found["weights"][1].item()))
+    a, b = (found[side].to(device).float() * found[f"{side}.most"].to(device) for side in ("a", "b"))
+    return Spectrum(a, b, found["s"].to(device), (found["weights"][0].item(), found["weights"][1].item()))
 
 
 def _packed(coding: Coding, measured: Mapping[str, float]) -> dict[str, torch.Tensor]:

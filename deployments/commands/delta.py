@@ -55,6 +55,13 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Device(StrEnum):
+    """--device"""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def register(app: typer.Typer) -> None:
     """Add this module's commands to the `bitdelta` app."""
     app.command("compress")(compress)
@@ -107,6 +114,7 @@ def compress(
     calibration: Annotated[Path | None, typer.Option(help="Text to distil on: .txt or .jsonl.")] = None,
     base_name: Annotated[str | None, typer.Option(help="Name of the base to record.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the base to record.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where to compute. (default: a GPU where there is one)")] = None,
 ) -> None:
     """Compress a fine-tune into a delta of its base. An interrupted run goes on when started again."""
     from bitdelta_core.delta import auto
@@ -120,7 +128,7 @@ def compress(
     training = {"steps": distill_steps, "batch": distill_batch, "length": distill_length, "lr": distill_lr}
     given = _given({**training, "calibration": calibration})
     _quieten_transformers()
-    named: dict[str, Any] = {"base_name": base_name, "revision": revision}
+    named: dict[str, Any] = {"base_name": base_name, "revision": revision, "device": device.value if device else None}
     with _progress("compress") as progress:
         if codec == "auto":
             asked = _auto_options(_given(coding), _given(dropping), _given(limits), distill, given)
