@@ -88,7 +88,7 @@ class _Weights:
         for own in self.own:
             if own.grad is None:  # nothing of this batch went through it
                 own.grad = torch.zeros_like(own)
-        _copy([o.grad for o in self.originals], [p.grad for p in self.own])
+        _copy(_gradients(self.originals), _gradients(self.own))
         torch.nn.utils.clip_grad_norm_(self.originals, _CLIP)
         self.optimizer.step()
         _copy(self.own, self.originals)
@@ -96,7 +96,11 @@ class _Weights:
             own.grad = None
 
 
-def _copy(to: Sequence[Any], values: Sequence[Any]) -> None:
+def _gradients(parameters: list[Any]) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in parameters]
+
+
+def _copy(to: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     torch._foreach_copy_(to, values)  # pyright: ignore[reportPrivateImportUsage]
 
 
