@@ -9,12 +9,12 @@ Thomas, section 10.3), and bisection finds the delta that fits the budget. All o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from bitdelta_core.delta import entropy
+from bitdelta_core.delta import entropy, feedback
 from bitdelta_core.delta.spectral import STEPS_PER_OCTAVE, Coded, component_scales
 
 RIDGE = 0.2
@@ -22,7 +22,12 @@ RIDGE = 0.2
 _HALVINGS = 18
 _SAMPLED = 256
 """Columns of a side that stand for all of them while the budget is spread."""
-_CORRECTIONS, _FILLED = 4, 0.998
+_CORRECTIONS, _FILLED = 5, 0.997
+_TOGETHER = {"cuda": 1 << 28, "cpu": 1 << 24}
+"""Values that are rounded together."""
+_LARGEST = 8192
+"""Side of which errors are weighed by more than their mean while rounding: the factors of larger ones fill disks."""
+_LEAST_KEPT = 0.05
 _OVERHEAD_BITS = 24
 """Of a component: its exponent and two spreads."""
 _MATRIX_BITS = 8 * 40
@@ -61,6 +66,8 @@ class Spectrum:
     s_r: torch.Tensor
     weights: tuple[float, float]
     """Mean weight of an error in a and in b."""
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    """fp16 [M, M] for a and for b: L of what weighs errors, over the root of its mean; None: each value for itself."""
 
     @property
     def numel(self) -> int:
@@ -81,6 +88,7 @@ def decompose(difference: torch.Tensor, inputs: Metric, outputs: Metric, rank: i
         b_rN=_unweighed(factor_n, u * balance).T.float().contiguous(),
         s_r=s.float(),
         weights=(weight_k, weight_n),
+        factors=(_halved(factor_k, inputs), _halved(factor_n, outputs)),
     )
 
 
@@ -94,10 +102,12 @@ class Scaled:
     exponent_r: torch.Tensor
 
     def rounded(self) -> Coded | None:
-        """None where nothing is left."""
-        a_rK, b_rN = (
-            side.round().clamp(-entropy.LIMIT, entropy.LIMIT).to(torch.int8) for side in (self.a_rK, self.b_rN)
-        )
+        """Each value for itself; None where nothing is left."""
+        (a_rK,), (b_rN,) = (feedback.rounded([side], [None]) for side in (self.a_rK, self.b_rN))
+        return self.coded(a_rK, b_rN)
+
+    def coded(self, a_rK: torch.Tensor, b_rN: torch.Tensor) -> Coded | None:
+        """With these values, components of nothing left out."""
         used = a_rK.any(1) & b_rN.any(1)
         return Coded(a_rK[used], b_rN[used], self.scale, self.exponent_r[used]) if used.any() else None
 
@@ -118,10 +128,34 @@ def scaled(spectrum: Spectrum, delta: float) -> Scaled | None:
     return Scaled(a_rK / step_a[:, None], b_rN / step_b[:, None], scale.item(), exponent_r.to(torch.uint8))
 
 
-def quantise(spectrum: Spectrum, delta: float) -> Coded | None:
-    """Round to the steps that `delta` gives; None where nothing is left."""
-    found = scaled(spectrum, delta)
-    return None if found is None else found.rounded()
+def quantise(spectra: Mapping[str, Callable[[], Spectrum]], delta: float) -> Iterator[tuple[str, Coded | None]]:
+    """Round to the steps that `delta` gives; None where nothing is left. Spectra are fetched a few at a time."""
+    group: dict[str, Spectrum] = {}
+    for name, load in spectra.items():
+        spectrum = load()
+        if group and not _alike(next(iter(group.values())), spectrum, len(group)):
+            yield from _rounded(group, delta)
+            group = {}
+        group[name] = spectrum
+    yield from _rounded(group, delta)
+
+
+def _alike(first: Spectrum, other: Spectrum, count: int) -> bool:
+    """Whether it can be rounded together with `count` like the first."""
+    most = _TOGETHER[other.a_rK.device.type]
+    kinds = [(s.a_rK.shape[1], s.b_rN.shape[1], [f is None for f in s.factors]) for s in (first, other)]
+    return kinds[0] == kinds[1] and (count + 1) * (other.a_rK.numel() + other.b_rN.numel()) <= most
+
+
+def _rounded(spectra: Mapping[str, Spectrum], delta: float) -> Iterator[tuple[str, Coded | None]]:
+    found = {name: scaled(spectrum, delta) for name, spectrum in spectra.items()}
+    there = {name: one for name, one in found.items() if one is not None}
+    sides = [
+        feedback.rounded([(one.a_rK, one.b_rN)[i] for one in there.values()], [spectra[n].factors[i] for n in there])
+        for i in (0, 1)
+    ]
+    coded = {name: one.coded(a, b) for (name, one), a, b in zip(there.items(), *sides, strict=True)}
+    yield from ((name, coded.get(name)) for name in spectra)
 
 
 def code_bits(coded: Coded | None) -> float:
@@ -156,36 +190,58 @@ class _Sketch:
         return cls(Spectrum(a_rK, b_rN, spectrum.s_r, spectrum.weights), lengths)
 
     def bits(self, delta: float) -> float:
-        coded = quantise(self.sample, delta)
+        found = scaled(self.sample, delta)
+        coded = None if found is None else found.rounded()
         return 0.0 if coded is None else _bits((coded.a_rK, coded.b_rN), self.lengths)
 
 
-def fit(spectra: Mapping[str, Callable[[], Spectrum]], budget_bits: float) -> float:
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a budget buys."""
+
+    delta: float
+    coding: Mapping[str, Coded | None]
+    """On the CPU."""
+
+
+def fit(spectra: Mapping[str, Callable[[], Spectrum]], budget_bits: float) -> Fit:
     """A delta whose code fits the budget and fills it to within a fraction of a per cent.
 
-    Found on samples and corrected by what the whole takes: spectra, fetched one at a time, are read a few times only.
+    Found on samples and corrected by what the whole takes: spectra are read a few times only.
     """
     sketches = [_Sketch.of(load()) for load in spectra.values()]
-    wanted, fitting, delta = budget_bits, torch.inf, 0.0
+    wanted, delta = budget_bits, 0.0
+    best: Fit | None = None
     for _ in range(_CORRECTIONS):
         delta = _bisected(sketches, wanted)
-        spent = _spent(spectra, delta)
+        spent, tried = _tried(spectra, delta)
         if spent <= budget_bits:
-            fitting = min(fitting, delta)
-            if spent >= _FILLED * budget_bits or wanted > budget_bits:
-                return fitting
+            best = tried if best is None or delta < best.delta else best
+            if spent >= _FILLED * budget_bits:
+                break
         if not spent:
             break
         wanted *= (1 + _FILLED) / 2 * budget_bits / spent
-    while fitting == torch.inf:
+    while best is None:
         delta *= 1.005
-        if _spent(spectra, delta) <= budget_bits:
-            fitting = delta
-    return fitting
+        spent, tried = _tried(spectra, delta)
+        best = tried if spent <= budget_bits else None
+    return best
 
 
-def _spent(spectra: Mapping[str, Callable[[], Spectrum]], delta: float) -> float:
-    return sum(code_bits(quantise(load(), delta)) for load in spectra.values())
+def _tried(spectra: Mapping[str, Callable[[], Spectrum]], delta: float) -> tuple[float, Fit]:
+    spent, coding = 0.0, {}
+    for name, coded in quantise(spectra, delta):
+        spent += code_bits(coded)
+        coding[name] = None if coded is None else coded.to("cpu")
+    return spent, Fit(delta, coding)
+
+
+def kept(spectrum: Spectrum, delta: float) -> float:
+    """About how much of a difference's weighted square is left: components lose their noise, or all that they are."""
+    energy = spectrum.s_r.double().square()
+    noise = (spectrum.a_rK.shape[1] + spectrum.b_rN.shape[1]) * delta**2 / 12
+    return max(_LEAST_KEPT, 1 - (energy.clamp_max(noise).sum() / energy.sum().clamp_min(1e-300)).item())
 
 
 def _bisected(sketches: list[_Sketch], budget_bits: float) -> float:
@@ -207,6 +263,13 @@ def _exceed(sketches: list[_Sketch], delta: float, budget_bits: float) -> bool:
         if total > budget_bits:
             return True
     return False
+
+
+def _halved(factor: torch.Tensor, metric: Metric) -> torch.Tensor | None:
+    """What rounding needs of it; None where it weighs all values alike, or is too large to keep."""
+    if metric.moment is None or factor.ndim == 1 or len(factor) > _LARGEST:
+        return None
+    return (factor / factor.square().sum(1).mean().sqrt()).half()
 
 
 def _weighed(factor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

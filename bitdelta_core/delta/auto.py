@@ -22,7 +22,7 @@ import torch
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import allocation, sensitivity, spectral
-from bitdelta_core.delta.allocation import Metric, Spectrum
+from bitdelta_core.delta.allocation import Fit, Metric, Spectrum
 from bitdelta_core.delta.budget import Budget, Plan
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.codecs import encode
@@ -45,6 +45,8 @@ DISTILL = DistillOptions(steps=100, lr=0.01)
 _MARGIN = 0.95
 """Of the budget, where training begins: values that leave zero cost bits."""
 _SEARCHES = 6
+_POWERS = (0.0, 0.15, 0.3, 0.45, 0.6)
+"""Of what a matrix keeps, by which its scale grows."""
 _TRAINED_BYTES = 16
 """Of a value: itself, its gradient, and Adam's two moments, in fp32."""
 Known = MutableMapping[str, Spectrum]
@@ -172,10 +174,11 @@ class Run:
             self.pairing.release()
         spectra = self._spectra()
         if self.options.min_fidelity is not None:
-            coding, budget = self._search(spectra)
+            found, budget = self._search(spectra)
         else:
             budget = self.plan.budget_bits
-            coding = _quantised(spectra, budget)
+            found = allocation.fit(spectra, budget)
+        coding = self._enlarged(spectra, found)
         if self.options.distill is None or self.batches is None or not any(coding.values()):
             return coding, {}
         trained = [coded for name, coded in coding.items() if coded is not None and name not in (EMBEDDING, HEAD)]
@@ -214,7 +217,7 @@ class Run:
         return allocation.decompose(difference, inputs, outputs, self.plan.rank_limit(common, fine.shape[1]))
 
     def _spectra(self) -> dict[str, Callable[[], Spectrum]]:
-        names = list(self.plan.pool)
+        names = sorted(self.plan.pool, key=lambda name: (self.plan.pool[name], name))  # equals are rounded together
         if self.known is not None:
             return {name: partial(self.known.__getitem__, name) for name in names}
         load: Callable[[str], Spectrum] = partial(_loaded, self.stage, self.device)
@@ -222,17 +225,33 @@ class Run:
         load = cache(load) if 2 * size <= room(self.device) / 2 else load
         return {name: partial(load, name) for name in names}
 
-    def _search(self, spectra: Mapping[str, Callable[[], Spectrum]]) -> tuple[Coding, float]:
+    def _enlarged(self, spectra: Mapping[str, Callable[[], Spectrum]], found: Fit) -> Coding:
+        """The coding with scales that make up for what each matrix lost, as far as that helps on calibration text."""
+        if self.batches is None or not any(found.coding.values()):
+            return found.coding
+        kept = {name: allocation.kept(load(), found.delta) for name, load in spectra.items()}
+        bench, best, least = self._bench(), found.coding, math.inf
+        for power in _POWERS:
+            coding = {
+                n: coded and replace(coded, scale=coded.scale * kept[n] ** -power) for n, coded in found.coding.items()
+            }
+            kl = bench.kl(coding)
+            if not kl < least:
+                break
+            best, least = coding, kl
+        return best
+
+    def _search(self, spectra: Mapping[str, Callable[[], Spectrum]]) -> tuple[Fit, float]:
         """The smallest budget, in equal ratios between the least and the most, that reaches the fidelity."""
         bench, wanted = self._bench(), self.options.min_fidelity
         kl_base = bench.kl({})
         low, high = Budget.LEAST, Budget.MOST
-        best = _quantised(spectra, high * self.plan.weights)
+        best = allocation.fit(spectra, high * self.plan.weights)
         for _ in range(_SEARCHES):
             middle = math.sqrt(low * high)
-            coding = _quantised(spectra, middle * self.plan.weights)
-            if fidelity(bench.kl(coding), kl_base) >= wanted:  # pyright: ignore[reportOperatorIssue]
-                high, best = middle, coding
+            found = allocation.fit(spectra, middle * self.plan.weights)
+            if fidelity(bench.kl(found.coding), kl_base) >= wanted:  # pyright: ignore[reportOperatorIssue]
+                high, best = middle, found
             else:
                 low = middle
         return best, high * self.plan.weights
@@ -244,7 +263,7 @@ class Run:
         if "trained" in self.stage:
             return _unpacked(self.stage.load("trained"))
         bench = self._bench()
-        delta = allocation.fit(spectra, _MARGIN * budget)
+        delta = allocation.fit(spectra, _MARGIN * budget).delta
         trained = bench.train(
             {name: allocation.scaled(load(), delta) for name, load in spectra.items()},
             training,
@@ -294,12 +313,6 @@ def _write(out: Path, config: DeltaConfig, run: Run, coding: Coding, shard_bytes
     return writer.finish(config, run.plan.sidecars)
 
 
-def _quantised(spectra: Mapping[str, Callable[[], Spectrum]], bits: float) -> dict[str, Coded | None]:
-    delta = allocation.fit(spectra, bits)
-    found = {name: allocation.quantise(load(), delta) for name, load in spectra.items()}
-    return {name: None if coded is None else coded.to("cpu") for name, coded in found.items()}
-
-
 def _file(name: str) -> str:
     return f"spectrum-{name}"
 
@@ -310,13 +323,17 @@ def _tensors(spectrum: Spectrum) -> dict[str, torch.Tensor]:
     for side, values in (("a", spectrum.a_rK), ("b", spectrum.b_rN)):
         most = values.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         found |= {side: (values / most).half().cpu(), f"{side}.most": most.cpu()}
+    for side, factor in zip("ab", spectrum.factors, strict=True):
+        found |= {} if factor is None else {f"{side}.factor": factor.cpu()}
     return found
 
 
 def _loaded(stage: Stage, device: torch.device, name: str) -> Spectrum:
     found = stage.load(_file(name))
     a, b = (found[side].to(device).float() * found[f"{side}.most"].to(device) for side in ("a", "b"))
-    return Spectrum(a, b, found["s"].to(device), (found["weights"][0].item(), found["weights"][1].item()))
+    weights = found["weights"][0].item(), found["weights"][1].item()
+    factors = [found[f"{side}.factor"].to(device) if f"{side}.factor" in found else None for side in ("a", "b")]
+    return Spectrum(a, b, found["s"].to(device), weights, (factors[0], factors[1]))
 
 
 def _packed(coding: Coding, measured: Mapping[str, float]) -> dict[str, torch.Tensor]:

@@ -87,10 +87,9 @@ def test_what_matters_more_gets_more(tmp_path: Path) -> None:
     difference = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
     dear, cheap = Metric(100 * torch.eye(60)), Metric(torch.eye(60))
     spectra = {n: allocation.decompose(difference, m, Metric(), 40) for n, m in (("dear", dear), ("cheap", cheap))}
-    delta = allocation.fit({n: lambda s=s: s for n, s in spectra.items()}, 1.0 * 2 * 2400)
+    found = allocation.fit({n: lambda s=s: s for n, s in spectra.items()}, 1.0 * 2 * 2400)
     errors = {}
-    for name, spectrum in spectra.items():
-        coded = allocation.quantise(spectrum, delta)
+    for name, coded in found.coding.items():
         errors[name] = (difference - (coded.matrix() if coded else 0)).square().mean().item()
     assert errors["dear"] < 0.7 * errors["cheap"]
 
@@ -102,7 +101,7 @@ def test_errors_are_kept_out_of_directions_that_the_inputs_have() -> None:
     lost = {}
     for name, metric in (("blind", Metric()), ("seeing", Metric(inputs.T @ inputs / 500))):
         spectrum = allocation.decompose(difference, metric, Metric(), 30)
-        coded = allocation.quantise(spectrum, allocation.fit({"w": lambda s=spectrum: s}, 1.0 * 1500))
+        coded = allocation.fit({"w": lambda s=spectrum: s}, 1.0 * 1500).coding["w"]
         assert coded is not None
         lost[name] = (inputs @ (difference - coded.matrix()).T).square().sum().item()
     assert lost["seeing"] < 0.6 * lost["blind"]
