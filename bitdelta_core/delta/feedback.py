@@ -1,8 +1,8 @@
 """Rounding that makes up for its own errors: what rounding one value costs is taken back in those still to come.
 
 With L L^T the second moment that weighs errors along a side, the error e of a factor's row costs |L^T e|^2. From the
-last value to the first, each is rounded to where it cancels what the ones before left over in its own term of that sum:
-GPTQ (arXiv 2210.17323), whose order of values is the other one, or Babai's nearest plane. docs/log.md has what it gains.
+last value to the first, each is rounded to where it cancels what the ones before left over in its own term of the sum:
+GPTQ (arXiv 2210.17323) with its order of values reversed, or Babai's nearest plane. docs/log.md has what it gains.
 """
 
 from __future__ import annotations
