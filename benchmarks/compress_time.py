@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
     parser.add_argument("--depths", type=int, nargs=2, default=[1, 3])
     parser.add_argument("--bits", type=float, default=1.0)
-    parser.add_argument("--training", nargs="+", default=["none", "default"], choices=["none", "default"])
+    parser.add_argument("--training", nargs="+", default=["none"], choices=["none", "factors"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--work", type=Path, help="where checkpoints are written (default: the temporary directory)")
     parser.add_argument("--commit", help="recorded; by default git is asked")
@@ -156,7 +156,7 @@ def main() -> None:
         measured(replace(SHAPES["tiny"], layers=1), AutoOptions(bits=args.bits, distill=None), args.device, Path(work))
         for name in args.shapes:
             for training in args.training:
-                options = AutoOptions(bits=args.bits, distill=DISTILL if training == "default" else None)
+                options = AutoOptions(bits=args.bits, distill=DISTILL if training == "factors" else None)
                 runs = []
                 for depth in args.depths:
                     runs.append(measured(replace(SHAPES[name], layers=depth), options, args.device, Path(work)))

@@ -2,10 +2,10 @@
 
 Every changed matrix, embedding and head included, is decomposed where errors weigh what they cost (`sensitivity.py`,
 `allocation.py`), and one budget is spread over all of them: what matters little gets no bytes at all. Vectors stay
-whole, and embeddings of which few rows changed are stored as those rows. Then the factors are trained (`refine.py`).
-Memory: one matrix at a time, but calibration and training hold the model (training twice, and 16 bytes for each value
-that it trains), and OUT.stage holds the decompositions until the delta is done. On a GPU all of it but reading and
-writing happens there. docs/fidelity.md has what this rests on.
+whole, and embeddings of which few rows changed are stored as those rows. The factors can be trained (`refine.py`).
+Memory: one matrix at a time, but calibration holds the model, choosing scales holds it twice where there is room, and
+so does training (and 16 bytes for each value that it trains); OUT.stage holds the decompositions until the delta is
+done. On a GPU all of it but reading and writing happens there. docs/fidelity.md has what this rests on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitdelta_core.delta.budget import Budget, Plan
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.codecs import encode
 from bitdelta_core.delta.config import DeltaConfig
-from bitdelta_core.delta.device import chosen_device, room
+from bitdelta_core.delta.device import chosen_device, free_bytes
 from bitdelta_core.delta.distill import DistillOptions, tokenise
 from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
@@ -41,7 +41,7 @@ from bitdelta_core.errors import InvalidRequest
 
 Progress = Callable[[int, int, str], None]
 DISTILL = DistillOptions(steps=100, lr=0.01)
-"""Training of the factors: lr is in steps of their rounding."""
+"""Training of the factors, for whoever wants it: lr is in steps of their rounding."""
 _MARGIN = 0.95
 """Of the budget, where training begins: values that leave zero cost bits."""
 _SEARCHES = 6
@@ -69,8 +69,9 @@ class AutoOptions:
     """Of calibration: sequences, and tokens of each."""
     calibration: Path | None = None
     """None: the text that ships with bitdelta."""
-    distill: DistillOptions | None = DISTILL
-    """Its own calibration and length are not used: `calibration` and `length` are. None: no training."""
+    distill: DistillOptions | None = None
+    """Its own calibration and length are not used: `calibration` and `length` are. None: no training, which fits the
+    calibration text and lost answers where we looked (docs/log.md)."""
     seed: int = 0
 
     def check(self) -> None:
@@ -184,7 +185,7 @@ class Run:
         trained = [coded for name, coded in coding.items() if coded is not None and name not in (EMBEDDING, HEAD)]
         values = sum(coded.a_rK.numel() + coded.b_rN.numel() for coded in trained)
         needed = _TRAINED_BYTES * values + 2 * self.pairing.fine.nbytes_16bit
-        if needed > 0.8 * room(self.device):
+        if needed > 0.8 * free_bytes(self.device):
             return coding, {"untrained_for_want_of_bytes": float(needed)}
         return self._trained(spectra, coding, budget, self.options.distill)
 
@@ -222,12 +223,12 @@ class Run:
             return {name: partial(self.known.__getitem__, name) for name in names}
         load: Callable[[str], Spectrum] = partial(_loaded, self.stage, self.device)
         size = sum((self.stage.path / f"{_file(name)}.safetensors").stat().st_size for name in names)
-        load = cache(load) if 2 * size <= room(self.device) / 2 else load
+        load = cache(load) if 2 * size <= free_bytes(self.device) / 2 else load
         return {name: partial(load, name) for name in names}
 
     def _enlarged(self, spectra: Mapping[str, Callable[[], Spectrum]], found: Fit) -> Coding:
         """The coding with scales that make up for what each matrix lost, as far as that helps on calibration text."""
-        if self.batches is None or not any(found.coding.values()):
+        if self.batches is None or not any(found.coding.values()) or not self._has_room_for_two():
             return found.coding
         kept = {name: allocation.kept(load(), found.delta) for name, load in spectra.items()}
         bench, best, least = self._bench(), found.coding, math.inf
@@ -284,6 +285,11 @@ class Run:
         while len(self._models) <= index:
             self._models.append(sensitivity.load_model(self.pairing.fine, self.device))
         return self._models[index]
+
+    def _has_room_for_two(self) -> bool:
+        """Models: half of a CPU's memory, or most of what a GPU has free, takes the second one."""
+        bytes_16bit, room = self.pairing.fine.nbytes_16bit, free_bytes(self.device)
+        return bytes_16bit < 0.8 * room if self.device.type == "cuda" else 2 * bytes_16bit < 2 * room
 
     def _unchanged(self, name: str) -> torch.Tensor:
         base, fine = self.pairing.base_tensor(name), self.pairing.fine_tensor(name)

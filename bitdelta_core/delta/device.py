@@ -22,7 +22,7 @@ def chosen_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def room(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
     """Bytes that may be taken: what is free on a GPU, a quarter of what a CPU's machine has."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,10 +76,18 @@ class Bench:
 
     def kl(self, coding: Coding) -> float:
         """Mean nats per token that the student with these factors is away from the fine-tune."""
+        wanted = self._wanted
         self._set(coding)
         with torch.no_grad():
-            found = [self._loss(*batch).item() for batch in itertools.islice(self.batches, _JUDGED)]
-        return sum(found) / len(found)
+            found = [_divergence(own, self._predicted(self.student, *batch)) for batch, own in wanted]
+        return sum(loss.item() for loss in found) / len(found)
+
+    @cached_property
+    def _wanted(self) -> list[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """The first batches, and what the fine-tune says of them."""
+        with torch.no_grad():
+            batches = list(itertools.islice(self.batches, _JUDGED))
+            return [(batch, self._predicted(self.teacher, *batch)) for batch in batches]
 
     def train(
         self, starts: Mapping[str, Scaled | None], options: DistillOptions, progress: Callable[[int], None]
@@ -104,11 +113,14 @@ class Bench:
         return {**coding, **{name: layer.trained() for name, layer in layers.items()}}
 
     def _loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        ids, mask = ids.to(self.device), mask.to(self.device)
         with torch.no_grad():
-            wanted = self.teacher(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
-        got = self.student(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
-        return (wanted.exp() * (wanted - got)).sum(-1).mean()
+            wanted = self._predicted(self.teacher, ids, mask)
+        return _divergence(wanted, self._predicted(self.student, ids, mask))
+
+    def _predicted(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities where there is text [tokens, vocabulary]."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        return model(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
 
     def _set(self, coding: Coding) -> None:
         for name, base in self.base.items():
@@ -126,6 +138,10 @@ class Bench:
     def _put(self, name: str, module: nn.Module) -> None:
         path, _, leaf = name.removesuffix(".weight").rpartition(".")
         setattr(self.student.get_submodule(path), leaf, module)
+
+
+def _divergence(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    return (wanted.exp() * (wanted - got)).sum(-1).mean()
 
 
 def _on_cpu(coded: Coded | None) -> Coded | None:

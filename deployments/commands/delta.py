@@ -105,7 +105,7 @@ def compress(
     seed: Annotated[int | None, typer.Option(help="deltadq: of the masks (default: 0).")] = None,
     distill: Annotated[
         bool | None,
-        typer.Option("--distill/--no-distill", help="Train the scales against the fine-tune. (default: on)"),
+        typer.Option("--distill/--no-distill", help="Train against the fine-tune. (default: on; auto: off)"),
     ] = None,
     distill_steps: Annotated[int | None, typer.Option(help="Steps of training (default: 200).")] = None,
     distill_batch: Annotated[int | None, typer.Option(help="Texts per step (default: 4).")] = None,
@@ -269,7 +269,7 @@ def _auto_options(
     steps = {key: training[key] for key in ("steps", "batch", "lr") if key in training}
     if distill is False and steps:
         raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(steps))}", param="distill")
-    trained = None if distill is False else replace(DISTILL, **steps)
+    trained = replace(DISTILL, **steps) if distill or steps else None
     return AutoOptions(**own, **limits, **{k: v for k, v in dropping.items() if k == "seed"}, distill=trained)
 
 
