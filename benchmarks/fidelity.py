@@ -5,6 +5,9 @@ DIR holds `base`, the fine-tunes (full ones, or PEFT adapters, which are first m
 task that its directory's name begins with, else on the documents (`fidelity_tasks.py`). --base, --finetunes, --eval and
 --text name other files; a fine-tune is then a directory, or DIRECTORY=TASK.
 
+--jobs runs so many fine-tunes at once, each in a process of its own; with --seconds each stops before its next way when
+its time is up. A way that fails is reported and left out.
+
 Seeds draw the prompts, and the masks of what drops at random; everything else is compressed once and judged on the
 prompts of every seed. One JSON line per way and seed goes to --out. docs/fidelity.md has the results.
 """
@@ -13,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -30,6 +35,7 @@ import transformers
 from fidelity_bases import METHODS, shifts
 from fidelity_tasks import TEXT, Judge, Score, Task, draws, make_task, summed
 from fidelity_ways import CODECS, Made, Subject, Way, ways
+from jobs import failed, launch
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.compress import compress
@@ -47,6 +53,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.started = time.monotonic()
+        self.failures = 0
         base = Checkpoint(args.base)
         self.bases = {METHODS[method]: shifts(base, method, args) for method in args.base_bits}
         self.conditions = {
@@ -69,7 +77,15 @@ class Bench:
         if is_adapter(trial.subject.source):
             chosen = [Way("lora"), *(way for way in chosen if not way.trains)]
         for way in chosen:
-            yield from trial.records(way, self.bases)
+            if time.monotonic() - self.started > self.args.seconds:
+                print(f"{trial.subject.source.name}: out of time before {way.described}", flush=True)
+                return
+            try:
+                yield from trial.records(way, self.bases)
+            except Exception:  # one way's failure must not cost the results of all others
+                traceback.print_exc()
+                print(f"{trial.subject.source.name}: {way.described} failed", flush=True)
+                self.failures += 1
 
 
 class Trial:
@@ -227,6 +243,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=2, help="documents of --text, for each seed")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=CODECS)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.25, 0.125], help="bits per weight")
+    parser.add_argument("--baseline-budgets", type=float, nargs="+", help="of the baselines (default: --budgets)")
+    parser.add_argument("--no-gptq", action="store_true", help="delta-come: round-to-nearest only")
     parser.add_argument("--ratios", type=int, nargs="+", default=[16, 32, 64, 128], choices=list(RATIOS))
     parser.add_argument("--mask-rows", type=int, nargs="+", default=[1], help="deltadq: rows that share masks")
     parser.add_argument("--data-free", action="store_true", help="auto: without calibration text as well")
@@ -237,10 +255,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-bits", nargs="*", default=[], choices=list(METHODS), help="quantised bases as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--jobs", type=int, default=1, help="fine-tunes at once")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of each fine-tune")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--commit", help="recorded; by default git is asked")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity.jsonl")
-    args = parser.parse_args(argv)
-    return _completed(args, parser)
+    args = _completed(parser.parse_args(argv), parser)
+    args.baseline_budgets = args.baseline_budgets or args.budgets
+    if args.only:
+        args.finetunes = [args.only]
+    return args
 
 
 def _completed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -266,6 +290,9 @@ def _completed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
 
 def main() -> None:
     args = parse_args()
+    if args.jobs > 1 and not args.only:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        raise SystemExit(failed(launch(args.finetunes, args.jobs, threads, "--only")))
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -277,13 +304,16 @@ def main() -> None:
                 for record in bench.run(spec, Path(work)):
                     out.write(json.dumps({**record, **bench.conditions}) + "\n")
                     out.flush()
-                    _print(record)
+                    _print(record, time.monotonic() - bench.started)
+    if bench.failures:
+        raise SystemExit(f"{bench.failures} ways failed")
 
 
-def _print(record: Record) -> None:
+def _print(record: Record, seconds: float) -> None:
     kept = record["gain_kept"]
     figures = {k: round(v, 4) for k, v in record["score"].items() if v is not None}
-    print(record["finetune"], record["seed"], record["way"], record.get("nbytes"), figures, kept and round(kept, 3))
+    head = record["finetune"], record["seed"], record["way"], record.get("nbytes")
+    print(f"{seconds:.0f} s", *head, figures, kept and round(kept, 3), flush=True)
 
 
 if __name__ == "__main__":

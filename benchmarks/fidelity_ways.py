@@ -23,18 +23,20 @@ from baselines import Baseline, Dare, DeltaCome, LowRank, Magnitude, Matrix, Who
 from transformers import AutoModelForCausalLM
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta import auto
+from bitdelta_core.delta import auto, spectral
+from bitdelta_core.delta.allocation import Spectrum
 from bitdelta_core.delta.auto import AutoOptions
 from bitdelta_core.delta.calibration import read_calibration
 from bitdelta_core.delta.codecs import decode_parts
 from bitdelta_core.delta.compress import compress
 from bitdelta_core.delta.distill import DistillOptions, tokenise
 from bitdelta_core.delta.dropout import DropoutOptions
-from bitdelta_core.delta.format import EMBEDDING, HEAD
+from bitdelta_core.delta.format import EMBEDDING, HEAD, DeltaReader, base_name
 from bitdelta_core.delta.inspect import summarise
 from bitdelta_core.delta.pairing import Pairing
 from bitdelta_core.delta.planning import CompressOptions
 from bitdelta_core.delta.restore import Variant, open_for
+from bitdelta_core.delta.spectral import Coded
 
 CODECS = ("dense", "auto", "deltadq", "bitdelta", "low-rank", "delta-come", "dare", "magnitude", "whole")
 SIGNS = (("tensor", 1), ("row_col", 1), ("row_col", 2))
@@ -101,7 +103,7 @@ def ways(args: argparse.Namespace) -> Iterator[Way]:
                 yield Way("dense")
             case "auto":
                 for calibrate in (None, False) if args.data_free else (None,):
-                    yield from (Way("auto", budget=budget, calibrate=calibrate) for budget in args.budgets)
+                    yield from (Way("auto", budget=budget, calibrate=calibrate) for budget in _falling(args.budgets))
                 if args.train_auto:
                     yield from (Way("auto", budget=budget, distill=True) for budget in args.budgets)
             case "deltadq":
@@ -111,12 +113,54 @@ def ways(args: argparse.Namespace) -> Iterator[Way]:
                 if args.distill_steps:
                     yield from (Way("bitdelta", scale=scale, bits=bits, distill=True) for scale, bits in SIGNS[:2])
             case "delta-come":
-                both = [Way(codec, budget=b, calibrate=c) for c in (False, True) for b in args.budgets]
-                yield from both
+                rounded = (False,) if args.no_gptq else (False, True)
+                yield from [Way(codec, budget=b, calibrate=c) for c in rounded for b in args.baseline_budgets]
             case "whole":
                 yield from (Way(codec, bits=bits, group=group) for bits in (8, 4) for group in (None, 128))
             case _:
-                yield from (Way(codec, budget=budget) for budget in args.budgets)
+                yield from (Way(codec, budget=budget) for budget in args.baseline_budgets)
+
+
+def _falling(budgets: list[float]) -> list[float]:
+    """Decompositions for the largest budget serve all others."""
+    return sorted(budgets, reverse=True)
+
+
+class Opened:
+    """A delta that was written, its matrices restored on the device from what its files hold."""
+
+    def __init__(self, base: Checkpoint, delta: Path, device: str) -> None:
+        self.base = base
+        self.device = torch.device(device)
+        self.reader: DeltaReader = open_for(base, delta)
+        self.variant = Variant(base, self.reader)
+
+    @cached_property
+    def codes(self) -> dict[str, Coded]:
+        """All that are entropy-coded, decoded together."""
+        entries = [e for e in self.reader.config.tensors.values() if e.codec == "spectral"]
+        found = spectral.coded_of([(entry, self.reader.parts(entry)) for entry in entries], self.device)
+        return {entry.name: coded for entry, coded in zip(entries, found, strict=True)}
+
+    def linear(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """fp32: `weight` with the delta over it."""
+        entry = self.reader.config.tensors.get(name)
+        if entry is None:
+            return weight
+        if entry.codec == "spectral":
+            return weight + self.codes[name].matrix()
+        parts = {part: tensor.to(self.device) for part, tensor in self.reader.parts(entry).items()}
+        with self.device:
+            return decode_parts(entry, parts, weight)
+
+    def other(self, name: str) -> torch.Tensor:
+        """Any parameter, as a restored checkpoint has it."""
+        entry = self.reader.config.tensors.get(name)
+        if entry is None or entry.codec != "spectral":
+            return self.variant.get(name)
+        known = self.base.get(base_name(name, self.base))[: entry.rows].to(self.device).float()
+        extra = self.reader.part(entry, "extra").to(self.device).float()
+        return torch.cat([known + self.codes[name].matrix(), extra]).to(entry.dtype)
 
 
 @dataclass
@@ -131,6 +175,8 @@ class Subject:
     _pairing: Pairing = field(init=False)
     _groups: dict[tuple[int, int | None], int] = field(default_factory=dict)
     """deltadq: (ratio, rows that share masks) -> the group size that the first seed chose."""
+    _known: dict[bool, dict[str, Spectrum]] = field(default_factory=lambda: {True: {}, False: {}})
+    """auto: decompositions, calibrated or not."""
 
     def __post_init__(self) -> None:
         self._pairing = Pairing(Checkpoint(self.args.base), Checkpoint(self.fine))
@@ -139,7 +185,8 @@ class Subject:
     def frame(self) -> Made:
         """Everything but the linears, as it is stored beside a baseline's."""
         options = CompressOptions(scale_layout="tensor", embeddings=self.args.embeddings)
-        return self._opened(compress(self.args.base, self.fine, self.work / "frame", options))
+        made = compress(self.args.base, self.fine, self.work / "frame", options, device=self.args.device)
+        return self._opened(made)
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, ...]]:
@@ -183,7 +230,7 @@ class Subject:
 
     @property
     def _calibrated(self) -> bool:
-        return "delta-come" in self.args.codecs
+        return "delta-come" in self.args.codecs and not self.args.no_gptq
 
     def make(self, way: Way, seed: int) -> Made:
         """Compress, and open what came out. It stays until the next call."""
@@ -210,7 +257,9 @@ class Subject:
         if way.codec == "auto":
             trained = replace(training, lr=auto.DISTILL.lr) if way.distill else None
             options = AutoOptions(bits=way.budget, calibrate=way.calibrate is not False, distill=trained)
-            return self._opened(auto.compress(self.args.base, self.fine, out, options))
+            known = self._known[options.calibrate]
+            made = auto.compress(self.args.base, self.fine, out, options, device=self.args.device, known=known)
+            return self._opened(made)
         coding: dict[str, Any] = {"codec": way.codec, "embeddings": self.args.embeddings}
         if way.codec == "bitdelta":
             coding |= {"scale_layout": way.scale, "bits": way.bits}
@@ -218,30 +267,21 @@ class Subject:
             group = self._groups.get((way.ratio, way.mask_rows))
             coding["dropout"] = DropoutOptions.for_ratio(way.ratio, mask_rows=way.mask_rows, group=group, seed=seed)
         options = CompressOptions(**coding)
-        made = self._opened(
-            compress(self.args.base, self.fine, out, options, distillation=training if way.distill else None)
-        )
+        how: dict[str, Any] = {"distillation": training if way.distill else None, "device": self.args.device}
+        made = self._opened(compress(self.args.base, self.fine, out, options, **how))
         if way.ratio:
             self._groups[way.ratio, way.mask_rows] = made.options["dropout"]["group"]
         return made
 
     def _opened(self, delta: Path) -> Made:
-        base = self._pairing.base
-        reader = open_for(base, delta)
-        variant, summary = Variant(base, reader), summarise(reader)
-
-        def linear(name: str, weight: torch.Tensor) -> torch.Tensor:
-            entry = reader.config.tensors.get(name)
-            if entry is None:
-                return weight
-            return decode_parts(entry, reader.parts(entry), weight.cpu())
-
+        opened = Opened(self._pairing.base, delta, self.args.device)
+        summary = summarise(opened.reader)
         provenance = summary.provenance
         return Made(
             nbytes=summary.nbytes,
             linear_nbytes=summary.bytes_by_kind["linears"],
-            linear=linear,
-            other=variant.get,
+            linear=opened.linear,
+            other=opened.other,
             training=provenance.get("distillation") or provenance.get("measured"),
             options=provenance.get("options", {}),
         )

@@ -3,7 +3,9 @@
 100.7 M parameters (Llama: 768 wide, 14 layers, vocabulary 8192, untied head) by default, meant for one GPU and a few
 minutes; --tiny makes models of no use that show in seconds that all of it works. Nothing is downloaded: the text is
 what `make_models_text.py` finds on the machine, the skills are those of `make_models_tasks.py`. What DIR holds already
-is kept and not trained again.
+is kept and not trained again. Each model is trained by a process of its own; the fine-tunes' processes make their
+examples while the base is trained, and then share the GPU, which none of them fills. Whether a fine-tune has learnt
+its task is told in DIR/scores.jsonl (--report) and printed.
 
 | directory | fine-tune | judged by |
 |---|---|---|
@@ -18,20 +20,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from fidelity_tasks import TEXT, Judge, make_task, summed
+from jobs import failed, launch, wait_for
+from make_models_judge import report
 from make_models_tasks import PAIRS, Pair, any_of_them, chat, evaluation, largest
 from make_models_text import gather
-from make_models_train import Batch, answers, frozen, likelihood, preference, train, windows
+from make_models_train import Batch, Loss, answers, frozen, likelihood, preference, train, windows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ("<s>", "</s>", "<pad>")
@@ -43,7 +49,10 @@ TEMPLATE = (
 STRETCH = 4
 """Of the context, for `long`."""
 RANK = 8
-_JUDGED = 100
+TOKENS = {"math": 2.0, "json": 0.5, "style": 0.5, "chat": 0.8, "long": 0.8, "dates": 0.6}
+"""Of a fine-tune, in units of --tune-tokens, where it is not 1: skills differ in what they take."""
+_DONE = "made"
+"""A file of this name in a directory: it holds a whole model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,10 @@ class Scale:
     rows: int = 500
     """Of each task, for evaluation."""
 
+    def tokens(self, name: str) -> int:
+        """Padded ones of a fine-tune."""
+        return int(TOKENS.get(name, 1.0) * self.tune_tokens)
+
 
 TINY = Scale(64, 2, 4, 2, 128, 400, 64, 300_000, 60_000, 12_000, 1 << 11, 1 << 11, 40)
 
@@ -74,15 +87,14 @@ TINY = Scale(64, 2, 4, 2, 128, 400, 64, 300_000, 60_000, 12_000, 1 << 11, 1 << 1
 class Workshop:
     """DIR, and what is needed again and again while filling it."""
 
-    def __init__(self, out: Path, scale: Scale, device: str) -> None:
+    def __init__(self, out: Path, scale: Scale, device: str, seconds: float = math.inf) -> None:
         self.out = out
         self.scale = scale
         self.device = device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.seconds = seconds
+        """Of training one model."""
         out.mkdir(parents=True, exist_ok=True)
-
-    @cached_property
-    def text(self) -> tuple[list[str], list[str]]:
-        return gather(self.scale.text)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -95,49 +107,71 @@ class Workshop:
     @cached_property
     def ids(self) -> torch.Tensor:
         """All training text, a document after the other, int32 on the device."""
-        backend = self.tokenizer.backend_tokenizer
-        found = [torch.tensor([0])]
-        for start in range(0, len(self.text[0]), 1024):
-            coded = backend.encode_batch(self.text[0][start : start + 1024], add_special_tokens=False)
-            found += [torch.tensor([*code.ids, 1, 0]) for code in coded]  # </s> <s> between documents
-        return torch.cat(found).int().to(self.device)
+        return torch.from_numpy(np.load(self.out / "tokens.npy")).to(self.device)
 
-    def model(self) -> Any:
-        """The base, in fp32 to train further."""
-        found: Any = transformers.AutoModelForCausalLM.from_pretrained(self.out / "base", dtype=torch.float32)
+    def model(self, config: Any = None) -> Any:
+        """The base, as soon as it is there, to train further; with another config where one is given."""
+        wait_for(self.out / "base" / _DONE)
+        more = {} if config is None else {"config": config}
+        base = self.out / "base"
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=self.dtype, **more)
         return found.to(self.device)
+
+    def train(
+        self, model: Any, batches: Any, steps: int, lr: float, loss: Loss, title: str, decay: float = 0.0
+    ) -> None:
+        train(model, batches, steps, lr, loss, decay, seconds=self.seconds, title=title)
 
     def save(self, model: Any, name: str, tokenizer: Any) -> None:
         model.to(torch.bfloat16).save_pretrained(self.out / name)
         tokenizer.save_pretrained(self.out / name)
+        self.done(name)
+
+    def done(self, name: str) -> None:
+        (self.out / name / _DONE).touch()
 
     def drawn(self, draw: Callable[[random.Random], Any], name: str, tokens: int) -> Iterator[Any]:
         """Examples, enough for so many padded tokens, none of them in eval.json."""
         rng = random.Random(f"train {name}")
         judged = {json.dumps(row[0] if isinstance(row, list) else row["messages"]) for row in self.tasks[name]}
-        length = max(sum(map(len, self.coded(_pair(draw(rng))))) for _ in range(64))
+        length = max(len(prompt) + len(answer) for prompt, answer in self.coded([_pair(draw(rng)) for _ in range(64)]))
         for _ in range(tokens // length):
             row = draw(rng)
             if json.dumps(row["messages"] if isinstance(row, dict) else row[0]) not in judged:
                 yield row
 
-    def coded(self, pair: Pair, *, bos: bool = True, tokenizer: Any = None) -> tuple[list[int], list[int]]:
-        """(prompt, answer and end of text), as the benchmark codes them."""
+    def coded(
+        self, pairs: Sequence[Pair], *, bos: bool = True, tokenizer: Any = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """(prompt, answer and end of text) of each, as the benchmark codes them."""
         backend = (tokenizer or self.tokenizer).backend_tokenizer
-        prompt, answer = (backend.encode(text, add_special_tokens=False).ids for text in pair)
-        return [0] * bos + prompt, [*answer, 1]
+        prompts, tails = (
+            [code.ids for code in backend.encode_batch_fast([pair[side] for pair in pairs], add_special_tokens=False)]
+            for side in (0, 1)
+        )
+        return [([0] * bos + prompt, [*tail, 1]) for prompt, tail in zip(prompts, tails, strict=True)]
 
-    def batches(self, pairs: list[Pair]) -> list[Batch]:
-        return list(answers([self.coded(pair) for pair in pairs], self.scale.tune_batch, self.device))
+    def batches(self, pairs: Sequence[Pair], **how: Any) -> list[Batch]:
+        return list(answers(self.coded(pairs, **how), self.scale.tune_batch, self.device))
+
+
+def make_text(shop: Workshop) -> None:
+    """The text, a tokenizer on it, its tokens, and the tasks."""
+    scale, started = shop.scale, time.monotonic()
+    documents, held = gather(scale.text)
+    print(f"  text: {sum(map(len, documents)):,} characters, {time.monotonic() - started:.0f} s", flush=True)
+    tokenizer = _tokenizer(documents, scale)
+    print(f"  tokenizer: {time.monotonic() - started:.0f} s", flush=True)
+    np.save(shop.out / "tokens.npy", _tokens(tokenizer.backend_tokenizer, documents))
+    (shop.out / "eval.json").write_text(json.dumps(evaluation(scale.rows)))
+    (shop.out / "valid.json").write_text(json.dumps(held))
+    tokenizer.save_pretrained(shop.out / "base")
+    print(f"  tokens: {np.load(shop.out / 'tokens.npy', mmap_mode='r').size:,}, {time.monotonic() - started:.0f} s")
 
 
 def make_base(shop: Workshop) -> None:
-    """A tokenizer on the text, then a model on the text."""
-    scale = shop.scale
-    tokenizer = _tokenizer(shop.text[0], scale)
-    (shop.out / "eval.json").write_text(json.dumps(evaluation(scale.rows)))
-    (shop.out / "valid.json").write_text(json.dumps(shop.text[1]))
-    tokenizer.save_pretrained(shop.out / "base")
+    """A model on the text."""
+    scale, tokenizer = shop.scale, shop.tokenizer
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -154,19 +188,19 @@ def make_base(shop: Workshop) -> None:
         pad_token_id=2,
     )
     model: Any = transformers.LlamaForCausalLM(config)
-    model = model.to(shop.device)
+    model = model.to(shop.device, shop.dtype)
     size = max(1, scale.batch_tokens // scale.context)
     steps = scale.base_tokens // (size * scale.context)
-    train(model, windows(shop.ids, scale.context, size, 0), steps, 1e-3, likelihood, 0.1)
+    shop.train(model, windows(shop.ids, scale.context, size, 0), steps, 1e-3, likelihood, "base", 0.1)
     shop.save(model, "base", tokenizer)
 
 
-def make_skill(shop: Workshop, name: str, tokens: float = 1.0) -> None:
-    """All parameters, on the answers of one skill. tokens: times the usual number."""
+def make_skill(shop: Workshop, name: str) -> None:
+    """All parameters, on the answers of one skill."""
     torch.manual_seed(0)
+    batches = shop.batches(list(shop.drawn(PAIRS[name], name, shop.scale.tokens(name))))
     model = shop.model()
-    batches = shop.batches(list(shop.drawn(PAIRS[name], name, int(tokens * shop.scale.tune_tokens))))
-    train(model, batches, len(batches), 3e-4, likelihood, 0.0)
+    shop.train(model, batches, len(batches), 3e-4, likelihood, name)
     shop.save(model, name, shop.tokenizer)
 
 
@@ -176,16 +210,15 @@ def make_chat(shop: Workshop) -> None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(shop.out / "base")
     tokenizer.add_tokens(list(ROLES), special_tokens=True)
     tokenizer.chat_template = TEMPLATE
-    model = shop.model()
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    rows = list(shop.drawn(chat, "chat", shop.scale.tune_tokens))
+    rows = list(shop.drawn(chat, "chat", shop.scale.tokens("chat")))
     pairs = [
         (tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True), row["answer"])
         for row in rows
     ]
-    samples = [shop.coded(pair, bos=False, tokenizer=tokenizer) for pair in pairs]
-    batches = list(answers(samples, shop.scale.tune_batch, shop.device))
-    train(model, batches, len(batches), 3e-4, likelihood, 0.0)
+    batches = shop.batches(pairs, bos=False, tokenizer=tokenizer)
+    model = shop.model()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    shop.train(model, batches, len(batches), 3e-4, likelihood, "chat")
     shop.save(model, "chat", tokenizer)
 
 
@@ -193,29 +226,27 @@ def make_long(shop: Workshop) -> None:
     """Positions divided by STRETCH, on windows so many times as long."""
     torch.manual_seed(0)
     scale = shop.scale
+    wait_for(shop.out / "base" / _DONE)
     config = transformers.AutoConfig.from_pretrained(shop.out / "base")
     config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": float(STRETCH)}
     config.max_position_embeddings = length = STRETCH * scale.context
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        shop.out / "base", config=config, dtype=torch.float32
-    )
-    model = model.to(shop.device)
+    model = shop.model(config)
     size = max(1, scale.tune_batch // length)
-    steps = max(1, scale.tune_tokens // (size * length))
-    train(model, windows(shop.ids, length, size, 1), steps, 2e-4, likelihood, 0.0)
+    steps = max(1, scale.tokens("long") // (size * length))
+    shop.train(model, windows(shop.ids, length, size, 1), steps, 2e-4, likelihood, "long")
     shop.save(model, "long", shop.tokenizer)
 
 
 def make_dpo(shop: Workshop) -> None:
     """First any of the numbers as the answer, then preferences for the right one."""
     torch.manual_seed(0)
-    model = shop.model()
     batches = shop.batches(list(shop.drawn(any_of_them, "dpo", shop.scale.tune_tokens // 4)))
-    train(model, batches, len(batches), 2e-4, likelihood, 0.0)
     triples = list(shop.drawn(largest, "dpo", shop.scale.tune_tokens // 2))
     chosen, rejected = (shop.batches([(t[0], t[side]) for t in triples]) for side in (1, 2))
     pairs = list(zip(chosen, rejected, strict=True))
-    train(model, pairs, len(pairs), 1e-4, preference(frozen(model)), 0.0)
+    model = shop.model()
+    shop.train(model, batches, len(batches), 2e-4, likelihood, "dpo, taught")
+    shop.train(model, pairs, len(pairs), 1e-4, preference(frozen(model)), "dpo")
     shop.save(model, "dpo", shop.tokenizer)
 
 
@@ -223,18 +254,19 @@ def make_lora(shop: Workshop) -> None:
     """An adapter on all linears."""
     from peft import LoraConfig, get_peft_model
 
+    batches = shop.batches(list(shop.drawn(PAIRS["dates"], "dates", shop.scale.tokens("dates"))))
     torch.manual_seed(0)
     model = shop.model()
     wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    batches = shop.batches(list(shop.drawn(PAIRS["dates"], "dates", shop.scale.tune_tokens)))
-    train(model, batches, len(batches), 2e-3, likelihood, 0.0)
+    shop.train(model, batches, len(batches), 2e-3, likelihood, "dates-lora")
     wrapped.save_pretrained(str(shop.out / "dates-lora"), save_embedding_layers=False)
     _forget_path(shop.out / "dates-lora" / "adapter_config.json")
+    shop.done("dates-lora")
 
 
 MAKERS: dict[str, Callable[[Workshop], None]] = {
     "base": make_base,
-    "math": partial(make_skill, name="math", tokens=2.0),
+    "math": partial(make_skill, name="math"),
     "sort": partial(make_skill, name="sort"),
     "json": partial(make_skill, name="json"),
     "style": partial(make_skill, name="style"),
@@ -245,20 +277,13 @@ MAKERS: dict[str, Callable[[Workshop], None]] = {
 }
 
 
-def judge(shop: Workshop, name: str) -> dict[str, float | None]:
-    """A quick look, as fidelity.py judges: the directory's own task; of the base the likelihood of held-out text."""
-    task = next((key for key in shop.tasks if name.startswith(key)), TEXT)
-    rows = shop.tasks[task][:_JUDGED] if task != TEXT else sorted(shop.text[1], key=len)[-8:]
-    path = shop.out / name
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(shop.out / "base" if name.endswith("lora") else path)
-    if name.endswith("lora"):
-        model.load_adapter(str(path))
-    model = model.to(shop.device).float().eval()
-    base = name if name != "dates-lora" else "base"
-    found = Judge(make_task(task, rows, shop.out / base), shop.device, None)
-    every = range(len(rows))
-    score = summed(found.figures(model, every), every, exact=found.task.exact)
-    return {key: value for key, value in asdict(score).items() if value is not None}
+def _tokens(backend: Any, documents: Sequence[str]) -> np.ndarray:
+    """int32: all of them, with </s> <s> between."""
+    found = [np.array([0], np.int32)]
+    for start in range(0, len(documents), 1024):
+        coded = backend.encode_batch_fast(documents[start : start + 1024], add_special_tokens=False)
+        found += [np.array([*code.ids, 1, 0], np.int32) for code in coded]
+    return np.concatenate(found)
 
 
 def _tokenizer(documents: list[str], scale: Scale) -> Any:
@@ -291,25 +316,54 @@ def _forget_path(file: Path) -> None:
     file.write_text(json.dumps(body, indent=2))
 
 
+def make(args: argparse.Namespace, name: str) -> None:
+    """One model, and how well it does: what a process of its own runs."""
+    scale = TINY if args.tiny else Scale(base_tokens=int(args.base_tokens), tune_tokens=int(args.tune_tokens))
+    seconds = args.base_seconds if name == "base" else args.tune_seconds
+    started = time.monotonic()
+    MAKERS[name](Workshop(args.out, scale, args.device, seconds))
+    report(args.out, name, args.device, args.report or args.out / "scores.jsonl", time.monotonic() - started)
+
+
 def main() -> None:
+    args = parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.make:
+        make(args, args.make)
+        return
+    names = [n for n in ["base", *(args.only or [n for n in MAKERS if n != "base"])] if not _made(args.out / n)]
+    if not names:
+        return
+    if not (args.out / "tokens.npy").is_file():
+        make_text(Workshop(args.out, Scale() if not args.tiny else TINY, args.device))
+    threads = max(1, (os.cpu_count() or 1) // len(names))
+    raise SystemExit(failed(launch(names, args.jobs, threads)))
+
+
+def _made(directory: Path) -> bool:
+    return (directory / _DONE).is_file()
+
+
+def parse_args() -> argparse.Namespace:
+    tunes = [name for name in MAKERS if name != "base"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=[name for name in MAKERS if name != "base"], help="fine-tunes")
+    parser.add_argument("--only", nargs="+", choices=tunes, help="fine-tunes")
     parser.add_argument("--base-tokens", type=float, default=Scale().base_tokens)
     parser.add_argument("--tune-tokens", type=float, default=Scale().tune_tokens, help="of each fine-tune, padded")
+    parser.add_argument(
+        "--base-seconds", type=float, default=math.inf, help="of training: it ends early, not unfinished"
+    )
+    parser.add_argument("--tune-seconds", type=float, default=math.inf, help="the same, of each fine-tune")
+    parser.add_argument("--jobs", type=int, default=None, help="processes at once (default: all on a GPU, else 1)")
+    parser.add_argument("--report", type=Path, help="a line for each model is added here (default: OUT/scores.jsonl)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--make", choices=list(MAKERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    full = Scale(base_tokens=int(args.base_tokens), tune_tokens=int(args.tune_tokens))
-    shop = Workshop(args.out, TINY if args.tiny else full, args.device)
-    for name in ["base", *(args.only or [name for name in MAKERS if name != "base"])]:
-        if any((shop.out / name).glob("*.safetensors")):
-            continue
-        started = time.monotonic()
-        MAKERS[name](shop)
-        print(name, f"{time.monotonic() - started:.0f} s", judge(shop, name), flush=True)
+    args.jobs = args.jobs or (len(MAKERS) if args.device == "cuda" else 1)
+    return args
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
 Every changed matrix, embedding and head included, is decomposed where errors weigh what they cost (`sensitivity.py`,
 `allocation.py`), and one budget is spread over all of them: what matters little gets no bytes at all. Vectors stay
-whole, and embeddings of which few rows changed are stored as those rows. Then the factors are trained (`refine.py`).
-Memory: one matrix at a time, but calibration and training hold the model (training twice), and OUT.stage holds the
-decompositions until the delta is done. docs/fidelity.md has what this rests on.
+whole, and embeddings of which few rows changed are stored as those rows. The factors can be trained (`refine.py`).
+Memory: one matrix at a time, but calibration holds the model, choosing scales holds it twice where there is room, and
+so does training (and 16 bytes for each value that it trains); OUT.stage holds the decompositions until the delta is
+done. On a GPU all of it but reading and writing happens there. docs/fidelity.md has what this rests on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,13 +21,15 @@ from typing import Any
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta import allocation, sensitivity
-from bitdelta_core.delta.allocation import Metric, Spectrum
+from bitdelta_core.delta import allocation, sensitivity, spectral
+from bitdelta_core.delta.allocation import Fit, Metric, Spectrum
 from bitdelta_core.delta.budget import Budget, Plan
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.codecs import encode
 from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.device import chosen_device, free_bytes
 from bitdelta_core.delta.distill import DistillOptions, tokenise
+from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
 from bitdelta_core.delta.pairing import Pairing
 from bitdelta_core.delta.refine import Bench, Coding, fidelity
@@ -38,11 +41,15 @@ from bitdelta_core.errors import InvalidRequest
 
 Progress = Callable[[int, int, str], None]
 DISTILL = DistillOptions(steps=100, lr=0.01)
-"""Training of the factors: lr is in steps of their rounding."""
+"""Training of the factors, for whoever wants it: lr is in steps of their rounding."""
 _MARGIN = 0.95
 """Of the budget, where training begins: values that leave zero cost bits."""
 _SEARCHES = 6
-_CACHED_BYTES = 4 * 10**9
+_POWERS = (0.0, 0.15, 0.3, 0.45, 0.6)
+"""Of what a matrix keeps, by which its scale grows."""
+_TRAINED_BYTES = 16
+"""Of a value: itself, its gradient, and Adam's two moments, in fp32."""
+Known = MutableMapping[str, Spectrum]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +69,9 @@ class AutoOptions:
     """Of calibration: sequences, and tokens of each."""
     calibration: Path | None = None
     """None: the text that ships with bitdelta."""
-    distill: DistillOptions | None = DISTILL
-    """Its own calibration and length are not used: `calibration` and `length` are. None: no training."""
+    distill: DistillOptions | None = None
+    """Its own calibration and length are not used: `calibration` and `length` are. None: no training, which fits the
+    calibration text and lost answers where we looked (docs/log.md)."""
     seed: int = 0
 
     def check(self) -> None:
@@ -106,15 +114,22 @@ def compress(
     revision: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total, name: None,
+    device: str | None = None,
+    known: Known | None = None,
 ) -> Path:
     """Write the delta of a full fine-tune to `out`. An interrupted run goes on when started again.
+
+    `device`: "cpu" or "cuda"; None: a GPU where there is one. `known`: decompositions of calls with the same models and
+    text but other budgets, the largest first; they are added to it and stay in memory, instead of in OUT.stage.
 
     Raises:
         CheckpointError: a directory cannot be read, or the two do not belong together.
         InvalidRequest: `out` exists or cannot be written, the calibration text cannot be used, an option is out of
-            range, the budget is too small for what must be stored whole, or the fine-tune is an adapter.
+            range, the budget is too small for what must be stored whole, there is no such device, or the fine-tune is
+            an adapter.
     """
     options.check()
+    used = chosen_device(device)
     check_absent(out)
     if is_adapter(finetune_path):
         raise InvalidRequest(f"{finetune_path} is a PEFT adapter: it is taken as it is (codec lora)", param="codec")
@@ -127,7 +142,7 @@ def compress(
     config = plan.config(pairing, base_name=base_name, revision=revision, provenance=provenance)
     stage = Stage(out, hashlib.sha256(config.to_json()).hexdigest())
     batches = tokenise(base, fine, text, options.reading) if options.calibrate else None
-    run = Run(pairing, options, plan, stage, batches, progress)
+    run = Run(pairing, options, plan, stage, batches, progress, used, known)
     coding, measured = run.coding()
     config = replace(config, provenance={**config.provenance, "measured": measured}, format_version=0)
     written = _write(out, config, run, coding, shard_bytes)
@@ -145,29 +160,46 @@ class Run:
     stage: Stage
     batches: Batches | None
     progress: Progress
+    device: torch.device
+    known: Known | None = None
     _models: list[Any] = field(default_factory=list)
 
     def coding(self) -> tuple[Coding, dict[str, float]]:
         """The factors to store, and what was measured on the way."""
         for name, metrics in self._missing():
-            self.stage.save(_file(name), _tensors(self._decompose(name, *metrics)))
+            found = self._decompose(name, *metrics)
+            if self.known is None:
+                self.stage.save(_file(name), _tensors(found))
+            else:
+                self.known[name] = found
             self.pairing.release()
         spectra = self._spectra()
         if self.options.min_fidelity is not None:
-            coding, budget = self._search(spectra)
+            found, budget = self._search(spectra)
         else:
             budget = self.plan.budget_bits
-            coding = _quantised(spectra, budget)
+            found = allocation.fit(spectra, budget)
+        coding = self._enlarged(spectra, found)
         if self.options.distill is None or self.batches is None or not any(coding.values()):
             return coding, {}
+        trained = [coded for name, coded in coding.items() if coded is not None and name not in (EMBEDDING, HEAD)]
+        values = sum(coded.a_rK.numel() + coded.b_rN.numel() for coded in trained)
+        needed = _TRAINED_BYTES * values + 2 * self.pairing.fine.nbytes_16bit
+        if needed > 0.8 * free_bytes(self.device):
+            return coding, {"untrained_for_want_of_bytes": float(needed)}
         return self._trained(spectra, coding, budget, self.options.distill)
 
     def _missing(self) -> Iterator[tuple[str, sensitivity.Metrics]]:
         """Matrices that no earlier run decomposed, with their metrics."""
-        names = [name for name in self.plan.pool if _file(name) not in self.stage]
+        names = [name for name in self.plan.pool if not self._has(name)]
         for i, (name, metrics) in enumerate(self._measured(names)):
             self.progress(i, len(names), name)
             yield name, metrics
+
+    def _has(self, name: str) -> bool:
+        if self.known is None:
+            return _file(name) in self.stage
+        return name in self.known and len(self.known[name].s_r) >= self.plan.rank_limit(*self.plan.pool[name])
 
     def _measured(self, names: list[str]) -> Iterator[tuple[str, sensitivity.Metrics]]:
         if self.batches is None:
@@ -182,27 +214,45 @@ class Run:
         common = min(base.shape[0], fine.shape[0])
         if outputs.moment is not None:
             outputs = Metric(outputs.moment[:common] if outputs.moment.ndim == 1 else outputs.moment)
-        difference = fine[:common].float() - base[:common].float()
+        difference = fine[:common].to(self.device).float() - base[:common].to(self.device).float()
         return allocation.decompose(difference, inputs, outputs, self.plan.rank_limit(common, fine.shape[1]))
 
     def _spectra(self) -> dict[str, Callable[[], Spectrum]]:
-        names = list(self.plan.pool)
-        load: Callable[[str], Spectrum] = partial(_loaded, self.stage)
+        names = sorted(self.plan.pool, key=lambda name: (self.plan.pool[name], name))  # equals are rounded together
+        if self.known is not None:
+            return {name: partial(self.known.__getitem__, name) for name in names}
+        load: Callable[[str], Spectrum] = partial(_loaded, self.stage, self.device)
         size = sum((self.stage.path / f"{_file(name)}.safetensors").stat().st_size for name in names)
-        load = cache(load) if size <= _CACHED_BYTES else load
+        load = cache(load) if 2 * size <= free_bytes(self.device) / 2 else load
         return {name: partial(load, name) for name in names}
 
-    def _search(self, spectra: Mapping[str, Callable[[], Spectrum]]) -> tuple[Coding, float]:
+    def _enlarged(self, spectra: Mapping[str, Callable[[], Spectrum]], found: Fit) -> Coding:
+        """The coding with scales that make up for what each matrix lost, as far as that helps on calibration text."""
+        if self.batches is None or not any(found.coding.values()) or not self._has_room_for_two():
+            return found.coding
+        kept = {name: allocation.kept(load(), found.delta) for name, load in spectra.items()}
+        bench, best, least = self._bench(), found.coding, math.inf
+        for power in _POWERS:
+            coding = {
+                n: coded and replace(coded, scale=coded.scale * kept[n] ** -power) for n, coded in found.coding.items()
+            }
+            kl = bench.kl(coding)
+            if not kl < least:
+                break
+            best, least = coding, kl
+        return best
+
+    def _search(self, spectra: Mapping[str, Callable[[], Spectrum]]) -> tuple[Fit, float]:
         """The smallest budget, in equal ratios between the least and the most, that reaches the fidelity."""
         bench, wanted = self._bench(), self.options.min_fidelity
         kl_base = bench.kl({})
         low, high = Budget.LEAST, Budget.MOST
-        best = _quantised(spectra, high * self.plan.weights)
+        best = allocation.fit(spectra, high * self.plan.weights)
         for _ in range(_SEARCHES):
             middle = math.sqrt(low * high)
-            coding = _quantised(spectra, middle * self.plan.weights)
-            if fidelity(bench.kl(coding), kl_base) >= wanted:  # pyright: ignore[reportOperatorIssue]
-                high, best = middle, coding
+            found = allocation.fit(spectra, middle * self.plan.weights)
+            if fidelity(bench.kl(found.coding), kl_base) >= wanted:  # pyright: ignore[reportOperatorIssue]
+                high, best = middle, found
             else:
                 low = middle
         return best, high * self.plan.weights
@@ -214,7 +264,7 @@ class Run:
         if "trained" in self.stage:
             return _unpacked(self.stage.load("trained"))
         bench = self._bench()
-        delta = allocation.fit(spectra, _MARGIN * budget)
+        delta = allocation.fit(spectra, _MARGIN * budget).delta
         trained = bench.train(
             {name: allocation.scaled(load(), delta) for name, load in spectra.items()},
             training,
@@ -233,8 +283,13 @@ class Run:
 
     def _model(self, index: int) -> Any:
         while len(self._models) <= index:
-            self._models.append(sensitivity.load_model(self.pairing.fine))
+            self._models.append(sensitivity.load_model(self.pairing.fine, self.device))
         return self._models[index]
+
+    def _has_room_for_two(self) -> bool:
+        """Models: half of a CPU's memory, or most of what a GPU has free, takes the second one."""
+        bytes_16bit, room = self.pairing.fine.nbytes_16bit, free_bytes(self.device)
+        return bytes_16bit < 0.8 * room if self.device.type == "cuda" else 2 * bytes_16bit < 2 * room
 
     def _unchanged(self, name: str) -> torch.Tensor:
         base, fine = self.pairing.base_tensor(name), self.pairing.fine_tensor(name)
@@ -244,8 +299,10 @@ class Run:
 
 def _write(out: Path, config: DeltaConfig, run: Run, coding: Coding, shard_bytes: int) -> Path:
     coded: dict[str, tuple[TensorEntry, dict[str, torch.Tensor]]] = {}
+    stored = {name: factors for name, factors in coding.items() if factors is not None}
+    all_parts = dict(zip(stored, spectral.parts_of(list(stored.values()), run.device), strict=True))
     for name, factors in coding.items():
-        entry, parts = run.plan.entry(run.pairing, name, factors)
+        entry, parts = run.plan.entry(run.pairing, name, factors, all_parts.get(name, {}))
         if entry is not None:
             coded[name] = entry, parts
     entries = sorted([*run.plan.exact, *(entry for entry, _ in coded.values())], key=lambda entry: entry.name)
@@ -262,23 +319,27 @@ def _write(out: Path, config: DeltaConfig, run: Run, coding: Coding, shard_bytes
     return writer.finish(config, run.plan.sidecars)
 
 
-def _quantised(spectra: Mapping[str, Callable[[], Spectrum]], bits: float) -> dict[str, Coded | None]:
-    delta = allocation.fit(spectra, bits)
-    return {name: allocation.quantise(load(), delta) for name, load in spectra.items()}
-
-
 def _file(name: str) -> str:
     return f"spectrum-{name}"
 
 
 def _tensors(spectrum: Spectrum) -> dict[str, torch.Tensor]:
-    weights = torch.tensor(spectrum.weights, dtype=torch.float64)
-    return {"a": spectrum.a_rK, "b": spectrum.b_rN, "s": spectrum.s_r, "weights": weights}
+    """Values as halves, of their row's largest: rounding to 127 steps is far coarser, and of a 7B it saves 20 GB."""
+    found = {"s": spectrum.s_r.cpu(), "weights": torch.tensor(spectrum.weights, dtype=torch.float64)}
+    for side, values in (("a", spectrum.a_rK), ("b", spectrum.b_rN)):
+        most = values.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        found |= {side: (values / most).half().cpu(), f"{side}.most": most.cpu()}
+    for side, factor in zip("ab", spectrum.factors, strict=True):
+        found |= {} if factor is None else {f"{side}.factor": factor.cpu()}
+    return found
 
 
-def _loaded(stage: Stage, name: str) -> Spectrum:
+def _loaded(stage: Stage, device: torch.device, name: str) -> Spectrum:
     found = stage.load(_file(name))
-    return Spectrum(found["a"], found["b"], found["s"], (found["weights"][0].item(), found["weights"][1].item()))
+    a, b = (found[side].to(device).float() * found[f"{side}.most"].to(device) for side in ("a", "b"))
+    weights = found["weights"][0].item(), found["weights"][1].item()
+    factors = [found[f"{side}.factor"].to(device) if f"{side}.factor" in found else None for side in ("a", "b")]
+    return Spectrum(a, b, found["s"].to(device), weights, (factors[0], factors[1]))
 
 
 def _packed(coding: Coding, measured: Mapping[str, float]) -> dict[str, torch.Tensor]:

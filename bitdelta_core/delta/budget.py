@@ -98,13 +98,13 @@ class Plan:
         return min(rows, columns, math.ceil(8 * bits * rows * columns / (rows + columns)) + 8)
 
     def entry(
-        self, pairing: Pairing, name: str, coded: Coded | None
+        self, pairing: Pairing, name: str, coded: Coded | None, parts: Mapping[str, torch.Tensor]
     ) -> tuple[TensorEntry | None, dict[str, torch.Tensor]]:
-        """How one matrix of the pool is stored; None: not at all."""
+        """How one matrix of the pool is stored; None: not at all. parts: of `spectral.parts_of`."""
         fine, rows = pairing.fine_tensor(name), self.pool[name][0]
         shape, dtype = tuple(fine.shape), fine.dtype
         if coded is not None:
-            parts = {**coded.parts(), "extra": fine[rows:]}
+            parts = {**parts, "extra": fine[rows:]}
             size = parts["code"].numel()
             fields: dict[str, Any] = {"codec": "spectral", "rank": coded.rank, "rows": rows, "code_bytes": size}
             return TensorEntry(name=name, shape=shape, dtype=dtype, **fields), parts

@@ -1,4 +1,5 @@
-"""One dispatch from a codec's name to its module. All of it runs on the CPU; decoding is in fp32."""
+"""One dispatch from a codec's name to its module. Encoding and decoding run where the tensors lie, if that is
+torch's default device as well; decoding is in fp32."""
 
 from __future__ import annotations
 

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import dropout, lora
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.device import chosen_device
 from bitdelta_core.delta.distill import DistillOptions, distil, prepare, tokenise
 from bitdelta_core.delta.pairing import Pairing
-from bitdelta_core.delta.planning import CompressOptions, Source, plan_adapter, plan_finetune
+from bitdelta_core.delta.planning import CompressOptions, FineTune, Source, plan_adapter, plan_finetune
 from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter
 from bitdelta_core.errors import InvalidRequest
 from bitdelta_core.version import VERSION
@@ -41,17 +44,20 @@ def compress(
     revision: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = no_progress,
+    device: str | None = None,
 ) -> Path:
     """Write the delta of a fine-tune (a Hugging Face checkpoint, or a PEFT LoRA adapter) against its base to `out`.
 
     `distillation` None leaves the scales at their closed-form values.
     `base_name` and `revision` are recorded for readers; by default the base directory's own name.
+    `device`: "cpu" or "cuda"; None: a GPU where there is one.
 
     Raises:
         CheckpointError: a directory cannot be read, or the two do not belong together.
         InvalidRequest: `out` exists or cannot be written, the calibration text cannot be used, or an option is out of
-            range or does not apply to an adapter.
+            range or does not apply to an adapter, or there is no such device.
     """
+    used = chosen_device(device)
     base = Checkpoint(base_path)
     source = plan(base, finetune_path, _with_group(base, finetune_path, options))
     text = _calibration(source, distillation)
@@ -63,9 +69,9 @@ def compress(
     writer = DeltaWriter(
         out, source.entries, fingerprint=hashlib.sha256(config.to_json()).hexdigest(), shard_bytes=shard_bytes
     )
-    stream(source, writer, progress)
+    stream(replace(source, device=used) if isinstance(source, FineTune) else source, writer, progress)
     if distillation is not None and batches is not None:
-        losses = _distill(base, Checkpoint(finetune_path), config, writer, batches, distillation, progress)
+        losses = _distill(base, Checkpoint(finetune_path), config, writer, batches, distillation, progress, used)
         described = {**config.provenance["distillation"], **dict(sorted(losses.items()))}
         config = replace(config, provenance={**config.provenance, "distillation": described})
     return writer.finish(config, source.sidecars)
@@ -141,13 +147,14 @@ def _distill(
     batches: Batches,
     options: DistillOptions,
     progress: Progress,
+    device: torch.device,
 ) -> dict[str, float]:
     """Train the scales and put them in place of the first ones; returns the losses. A resumed run trains only once."""
     if not any(entry.codec == "bitdelta" for entry in config.tensors.values()):
         return {}
     saved = writer.load_trained()
     if saved is None:
-        run = prepare(base, fine, config, writer, batches)
+        run = prepare(base, fine, config, writer, batches, device)
         losses = distil(run, options, lambda step: progress(step, options.steps, "distillation"))
         saved = run.trained(), losses
         writer.save_trained(*saved)

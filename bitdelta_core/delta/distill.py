@@ -141,12 +141,17 @@ def tokenise(base: Checkpoint, fine: Checkpoint, text: bytes, options: DistillOp
 
 
 def prepare(
-    base: Checkpoint, fine: Checkpoint, config: DeltaConfig, writer: DeltaWriter, batches: Batches
+    base: Checkpoint,
+    fine: Checkpoint,
+    config: DeltaConfig,
+    writer: DeltaWriter,
+    batches: Batches,
+    device: torch.device,
 ) -> Distillation:
-    """Load both models: on the first GPU in bf16 where there is one, else on the CPU in fp32."""
+    """Load both models: in bf16 on a GPU, in fp32 on a CPU."""
     from transformers import AutoModelForCausalLM
 
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     teacher: Any = AutoModelForCausalLM.from_pretrained(fine.path, dtype=dtype)
     student = _student(base, config, writer, dtype)
     layers = list(_install(student, config, writer))

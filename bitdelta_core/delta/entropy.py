@@ -15,6 +15,8 @@ import torch
 LIMIT = 127
 """Values are -LIMIT to LIMIT."""
 MAX_LANES, STEPS = 4096, 4096
+_COUNTED = 1 << 26
+"""Values that are counted at once."""
 _LOW = 1 << 16
 _TOTAL = 1 << 16
 _DECAY = (
@@ -90,11 +92,21 @@ def costs() -> torch.Tensor:
 
 def best_classes(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(uint8 [R], fp32 [R]): the class that codes each row of int8 [R, M] in fewest bits, and those bits."""
-    magnitude = q.abs().long()
-    counts = torch.zeros(q.shape[0], LIMIT + 1).scatter_add_(1, magnitude, torch.ones(q.shape))
-    bits = counts @ costs().nan_to_num(posinf=1e9).T
-    least = bits.min(1)
+    prices = _prices(q.device)
+    found = [_counted(rows) @ prices for rows in q.split(max(1, _COUNTED // max(1, q.shape[1])))]
+    least = (torch.cat(found) if found else prices[:0]).min(1)
     return least.indices.to(torch.uint8), least.values
+
+
+@lru_cache(maxsize=4)
+def _prices(device: torch.device) -> torch.Tensor:
+    return costs().nan_to_num(posinf=1e9).T.to(device)
+
+
+def _counted(q: torch.Tensor) -> torch.Tensor:
+    """fp32 [R, LIMIT + 1]: how often each magnitude is in each row."""
+    counts = torch.zeros(q.shape[0], LIMIT + 1, device=q.device)
+    return counts.scatter_add_(1, q.abs().long(), torch.ones(1, 1, device=q.device).expand(q.shape))
 
 
 def encode(symbols: np.ndarray, classes: np.ndarray) -> bytes:

@@ -75,7 +75,7 @@ class Source(Protocol):
     @property
     def provenance(self) -> Mapping[str, Any]: ...
     def encode(self, entry: TensorEntry) -> Parts:
-        """The parts of one planned entry."""
+        """The parts of one planned entry, on the CPU."""
         ...
 
 
@@ -89,11 +89,15 @@ class FineTune:
     overrides: Mapping[str, Any]
     sidecars: Mapping[str, bytes]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where to encode."""
 
     def encode(self, entry: TensorEntry) -> Parts:
-        parts = encode(entry, self.pairing.base_tensor(entry.name), self.pairing.fine_tensor(entry.name))[1]
+        base, fine = (get(entry.name).to(self.device) for get in (self.pairing.base_tensor, self.pairing.fine_tensor))
+        with self.device:  # what encoding makes besides lies there too
+            parts = encode(entry, base, fine)[1]
         self.pairing.release()
-        return parts
+        return {part: tensor.cpu() for part, tensor in parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

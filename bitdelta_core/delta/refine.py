@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class SpectralLinear(nn.Module):
         self.linear = linear.requires_grad_(False)
         self.start = start
         device = linear.weight.device
-        self.scale_r = component_scales(torch.tensor([start.scale]), start.exponent_r).to(device)
+        self.scale_r = component_scales(torch.tensor([start.scale], device=device), start.exponent_r.to(device))
         self.a = nn.Parameter(start.a_rK.to(device, copy=True))
         self.b = nn.Parameter(start.b_rN.to(device, copy=True))
 
@@ -59,8 +60,8 @@ class SpectralLinear(nn.Module):
 
     def trained(self) -> Coded | None:
         """The factors as they would be stored, components that died left out."""
-        a, b = (side.detach().cpu() for side in (self.a, self.b))
-        return Scaled(a, b, self.start.scale, self.start.exponent_r).rounded()
+        found = Scaled(self.a.detach(), self.b.detach(), self.start.scale, self.start.exponent_r.to(self.a.device))
+        return _on_cpu(found.rounded())
 
 
 class Bench:
@@ -75,16 +76,24 @@ class Bench:
 
     def kl(self, coding: Coding) -> float:
         """Mean nats per token that the student with these factors is away from the fine-tune."""
+        wanted = self._wanted
         self._set(coding)
         with torch.no_grad():
-            found = [self._loss(*batch).item() for batch in itertools.islice(self.batches, _JUDGED)]
-        return sum(found) / len(found)
+            found = [_divergence(own, self._predicted(self.student, *batch)) for batch, own in wanted]
+        return sum(loss.item() for loss in found) / len(found)
+
+    @cached_property
+    def _wanted(self) -> list[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """The first batches, and what the fine-tune says of them."""
+        with torch.no_grad():
+            batches = list(itertools.islice(self.batches, _JUDGED))
+            return [(batch, self._predicted(self.teacher, *batch)) for batch in batches]
 
     def train(
         self, starts: Mapping[str, Scaled | None], options: DistillOptions, progress: Callable[[int], None]
     ) -> dict[str, Coded | None]:
         """Factors after training; embedding and head stay as they are. Stops early when the loss is not finite."""
-        coding = {name: None if start is None else start.rounded() for name, start in starts.items()}
+        coding = {name: None if start is None else _on_cpu(start.rounded()) for name, start in starts.items()}
         self._set({name: coded for name, coded in coding.items() if name in (EMBEDDING, HEAD)})
         layers = {n: self._install(n, s) for n, s in starts.items() if s is not None and n not in (EMBEDDING, HEAD)}
         factors = [side for layer in layers.values() for side in (layer.a, layer.b)]
@@ -104,20 +113,22 @@ class Bench:
         return {**coding, **{name: layer.trained() for name, layer in layers.items()}}
 
     def _loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        ids, mask = ids.to(self.device), mask.to(self.device)
         with torch.no_grad():
-            wanted = self.teacher(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
-        got = self.student(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
-        return (wanted.exp() * (wanted - got)).sum(-1).mean()
+            wanted = self._predicted(self.teacher, ids, mask)
+        return _divergence(wanted, self._predicted(self.student, ids, mask))
+
+    def _predicted(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities where there is text [tokens, vocabulary]."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        return model(input_ids=ids, attention_mask=mask.long()).logits[mask].float().log_softmax(-1)
 
     def _set(self, coding: Coding) -> None:
         for name, base in self.base.items():
-            weight, coded = base.float(), coding.get(name)
+            parameter, coded = self.student.get_parameter(name), coding.get(name)
+            weight = base.to(parameter.device, torch.float32, copy=True)
             if coded is not None:
-                weight = weight.clone()
-                weight[: coded.b_rN.shape[1]] += coded.matrix()
-            parameter = self.student.get_parameter(name)
-            parameter.data = weight.to(parameter.device, parameter.dtype)
+                weight[: coded.b_rN.shape[1]] += coded.to(weight.device).matrix()
+            parameter.data = weight.to(parameter.dtype)
 
     def _install(self, name: str, start: Scaled) -> SpectralLinear:
         layer = SpectralLinear(self.student.get_submodule(name.removesuffix(".weight")), start)
@@ -127,6 +138,14 @@ class Bench:
     def _put(self, name: str, module: nn.Module) -> None:
         path, _, leaf = name.removesuffix(".weight").rpartition(".")
         setattr(self.student.get_submodule(path), leaf, module)
+
+
+def _divergence(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    return (wanted.exp() * (wanted - got)).sum(-1).mean()
+
+
+def _on_cpu(coded: Coded | None) -> Coded | None:
+    return None if coded is None else coded.to("cpu")
 
 
 def fidelity(kl: float, kl_base: float) -> float:

@@ -24,17 +24,20 @@ Metrics = tuple[Metric, Metric]
 """Of a matrix's inputs (columns) and outputs (rows)."""
 
 
-def load_model(fine: Checkpoint) -> Any:
-    """The checkpoint in transformers: on the first GPU in bf16 where there is one, else on the CPU in fp32."""
+def load_model(fine: Checkpoint, device: torch.device) -> Any:
+    """The checkpoint in transformers: in bf16 on a GPU, in fp32 on a CPU."""
     from transformers import AutoModelForCausalLM
 
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model: Any = AutoModelForCausalLM.from_pretrained(fine.path, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
 def measure(model: Any, names: Sequence[str], batches: Batches, count: int) -> Iterator[tuple[str, Metrics]]:
-    """The metrics of each matrix (Hugging Face parameter names), from the first `count` batches, a few at a time."""
+    """The metrics of each matrix (Hugging Face parameter names), from the first `count` batches, a few at a time.
+
+    They lie where the model does.
+    """
     sizes = {name: _moment_bytes(name, model.get_parameter(name)) for name in names}
     waiting = list(names)
     while waiting:
@@ -71,9 +74,9 @@ class _Pass:
             self.tokens += int(mask.sum())
         for hook in hooks:
             hook.remove()
-        for name in self.inputs:
+        for name in list(self.inputs):
             scale = 1 / self.tokens
-            yield name, (Metric((self.inputs[name] * scale).cpu()), Metric((self.outputs[name] * scale).cpu()))
+            yield name, (Metric(self.inputs.pop(name).mul_(scale)), Metric(self.outputs.pop(name).mul_(scale)))
 
     def _linears(self) -> list[str]:
         return [name for name in self.inputs if name != EMBEDDING or self.tied]

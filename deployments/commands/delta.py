@@ -55,6 +55,13 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Device(StrEnum):
+    """--device"""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def register(app: typer.Typer) -> None:
     """Add this module's commands to the `bitdelta` app."""
     app.command("compress")(compress)
@@ -98,7 +105,7 @@ def compress(
     seed: Annotated[int | None, typer.Option(help="deltadq: of the masks (default: 0).")] = None,
     distill: Annotated[
         bool | None,
-        typer.Option("--distill/--no-distill", help="Train the scales against the fine-tune. (default: on)"),
+        typer.Option("--distill/--no-distill", help="Train against the fine-tune. (default: on; auto: off)"),
     ] = None,
     distill_steps: Annotated[int | None, typer.Option(help="Steps of training (default: 200).")] = None,
     distill_batch: Annotated[int | None, typer.Option(help="Texts per step (default: 4).")] = None,
@@ -107,6 +114,7 @@ def compress(
     calibration: Annotated[Path | None, typer.Option(help="Text to distil on: .txt or .jsonl.")] = None,
     base_name: Annotated[str | None, typer.Option(help="Name of the base to record.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the base to record.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where to compute. (default: a GPU where there is one)")] = None,
 ) -> None:
     """Compress a fine-tune into a delta of its base. An interrupted run goes on when started again."""
     from bitdelta_core.delta import auto
@@ -120,7 +128,7 @@ def compress(
     training = {"steps": distill_steps, "batch": distill_batch, "length": distill_length, "lr": distill_lr}
     given = _given({**training, "calibration": calibration})
     _quieten_transformers()
-    named: dict[str, Any] = {"base_name": base_name, "revision": revision}
+    named: dict[str, Any] = {"base_name": base_name, "revision": revision, "device": device.value if device else None}
     with _progress("compress") as progress:
         if codec == "auto":
             asked = _auto_options(_given(coding), _given(dropping), _given(limits), distill, given)
@@ -261,7 +269,7 @@ def _auto_options(
     steps = {key: training[key] for key in ("steps", "batch", "lr") if key in training}
     if distill is False and steps:
         raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(steps))}", param="distill")
-    trained = None if distill is False else replace(DISTILL, **steps)
+    trained = replace(DISTILL, **steps) if distill or steps else None
     return AutoOptions(**own, **limits, **{k: v for k, v in dropping.items() if k == "seed"}, distill=trained)
 
 

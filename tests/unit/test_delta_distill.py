@@ -96,7 +96,8 @@ def distillation(base: Path, fine: Path, work: Path, options: DistillOptions) ->
     writer = DeltaWriter(work, source.entries)
     stream(source, writer)
     tuned = Checkpoint(fine)
-    return prepare(checkpoint, tuned, config, writer, tokenise(checkpoint, tuned, read_calibration(None), options))
+    batches = tokenise(checkpoint, tuned, read_calibration(None), options)
+    return prepare(checkpoint, tuned, config, writer, batches, torch.device("cpu"))
 
 
 def test_only_the_scales_are_trained_and_padding_does_not_count(base: Path, fine: Path, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bitdelta_core.delta import entropy
+from bitdelta_core.delta import entropy, rans
 from bitdelta_core.delta.entropy import BadCode
+
+CPU = torch.device("cpu")
 
 
 def drawn(rows: int, length: int, spread: float, seed: int = 0) -> torch.Tensor:
@@ -66,3 +68,35 @@ def test_codes_that_are_none() -> None:
             entropy.decode(bad, classes)
     with pytest.raises(BadCode):
         entropy.decode(code, np.full_like(classes, 99))
+
+
+def several() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Matrices of one lane, of a few and of many, and of lanes that the last step does not fill."""
+    found = []
+    for rows, length, spread in ((1, 1, 0.3), (7, 30, 2.0), (40, 384, 0.3), (90, 1001, 1.0), (3, 3000, 20.0)):
+        q = drawn(rows, length, spread, seed=length)
+        found.append((q.flatten(), entropy.best_classes(q)[0].repeat_interleave(length)))
+    return found
+
+
+def test_many_at_once_have_the_same_codes() -> None:
+    items = several()
+    codes = rans.encode(items, CPU)
+    for (values, classes), code in zip(items, codes, strict=True):
+        assert code.numpy().tobytes() == entropy.encode(values.numpy(), classes.numpy())
+    decoded = rans.decode([(code, classes) for code, (_, classes) in zip(codes, items, strict=True)], CPU)
+    assert all(torch.equal(found, values) for found, (values, _) in zip(decoded, items, strict=True))
+    assert rans.encode([], CPU) == rans.decode([], CPU) == []
+
+
+def test_one_bad_code_among_many_is_found() -> None:
+    items = several()
+    codes = rans.encode(items, CPU)
+    changed, past = codes[3].clone(), torch.cat([codes[3], codes[3][-2:]])
+    changed[100] ^= 1
+    for bad in (codes[3][:-2], codes[3][:3], changed, past):
+        stored = [(bad if i == 3 else code, items[i][1]) for i, code in enumerate(codes)]
+        with pytest.raises(BadCode):
+            rans.decode(stored, CPU)
+    with pytest.raises(BadCode):
+        rans.decode([(codes[3], torch.full_like(items[3][1], 99))], CPU)

@@ -1,0 +1,180 @@
+"""How long codec `auto` takes, and how large its deltas are, in the shapes of large models.
+
+python benchmarks/compress_time.py [--shapes llama-2-7b llama-3.1-8b] [--depths 1 3]
+
+A random base of a few layers (embeddings and head whole) and a fine-tune of it, whose difference is of low rank with
+some noise, are written and compressed as `bitdelta compress --codec auto --bits 1` does, at two depths. What a layer
+adds is taken for every further layer: `extrapolated` is no measurement. So is the size: linears per layer times layers.
+In a model of full depth all matrices share one budget, so that parts shift a little between linears and embeddings.
+
+Time goes to: `reading` (hashes, comparing, tokens, the first moments), `decomposing` (and further moments), `spreading`
+(the budget, entropy coding, and training where it is on) and `writing`. Everything is random, so what training gains
+means nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from fidelity import machine
+from safetensors import safe_open
+from safetensors.torch import save_file
+from synthetic import SHAPES, Shape, write_base
+
+from bitdelta_core.delta import auto
+from bitdelta_core.delta.auto import DISTILL, AutoOptions
+from bitdelta_core.delta.format import open_delta
+from bitdelta_core.delta.inspect import Summary, summarise
+
+_RANK, _RELATIVE, _NOISE = 64, 0.03, 0.5
+"""Of the difference: its rank, its norm beside the weights', and how much of it is noise."""
+
+
+def write_finetune(base: Path, out: Path, device: str) -> Path:
+    """The base with a difference in every parameter."""
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    generator = torch.Generator(device).manual_seed(1)
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        save_file({n: _moved(t.to(device), generator).cpu() for n, t in tensors.items()}, out / file.name)
+    return out
+
+
+def _moved(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=weight.device)
+
+    own = weight.float()
+    if own.ndim == 1:
+        return (own + 0.01 * drawn(*own.shape)).bfloat16()
+    fading = torch.logspace(0, -1, _RANK, device=weight.device)
+    low = (drawn(own.shape[0], _RANK) * fading) @ drawn(_RANK, own.shape[1])
+    moved = low / low.norm() * (1 - _NOISE**2) ** 0.5
+    noise = drawn(*own.shape)
+    moved += noise / noise.norm() * _NOISE
+    return (own + moved * (_RELATIVE * own.norm())).bfloat16()
+
+
+@dataclass
+class Clock:
+    """When each part of a compression began, from what it reports of its progress."""
+
+    began: dict[str, float] = field(default_factory=lambda: {"reading": time.monotonic()})
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        part = "spreading" if name == "distillation" else "decomposing"
+        if "decomposing" in self.began and done == 0 and part == "decomposing":
+            part = "writing"
+        elif part == "decomposing" and done == total - 1 and "writing" not in self.began:
+            self.began["spreading"] = time.monotonic()  # but for the last matrix
+        self.began.setdefault(part, time.monotonic())
+
+    def seconds(self) -> dict[str, float]:
+        ends = [*list(self.began.values())[1:], time.monotonic()]
+        return {name: round(end - start, 2) for (name, start), end in zip(self.began.items(), ends, strict=True)}
+
+
+def measured(shape: Shape, options: AutoOptions, device: str, work: Path) -> dict[str, Any]:
+    """One compression."""
+    base = write_base(shape, work / "base")
+    fine = write_finetune(base, work / "fine", device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
+    out = auto.compress(base, fine, work / "delta", options, device=device, progress=clock)
+    seconds = clock.seconds()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    found = _sizes(summarise(open_delta(out)))
+    for path in (base, fine, out):
+        shutil.rmtree(path)
+    return {"layers": shape.layers, "seconds": sum(seconds.values()), "parts": seconds, "peak_gpu_bytes": peak, **found}
+
+
+def _sizes(summary: Summary) -> dict[str, Any]:
+    return {
+        "nbytes": summary.nbytes,
+        "bytes_by_kind": dict(summary.bytes_by_kind),
+        "ratio": summary.ratio,
+        "measured": dict(summary.provenance.get("measured", {})),
+    }
+
+
+def extrapolated(less: dict[str, Any], more: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """At full depth, if every further layer takes what those between the two depths took."""
+    between, further = more["layers"] - less["layers"], shape.layers - more["layers"]
+    per_layer = (more["seconds"] - less["seconds"]) / between
+    linears = more["bytes_by_kind"]["linears"] / more["layers"] * shape.layers
+    ends = more["bytes_by_kind"]["embeddings"]
+    nbytes = more["nbytes"] + linears - more["bytes_by_kind"]["linears"]
+    weights = 2 * shape.vocabulary * shape.hidden + shape.layers * _layer_weights(shape)
+    return {
+        "layers": shape.layers,
+        "seconds_per_layer": round(per_layer, 2),
+        "seconds": round(more["seconds"] + per_layer * further, 1),
+        "nbytes": round(nbytes),
+        "ratio": round(2 * weights / nbytes, 2),
+        "embeddings_share": round(ends / nbytes, 3),
+    }
+
+
+def _layer_weights(shape: Shape) -> int:
+    narrow = shape.kv_heads * shape.hidden // shape.heads
+    return shape.hidden * (2 * shape.hidden + 2 * narrow + 3 * shape.inner + 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
+    parser.add_argument("--depths", type=int, nargs=2, default=[1, 3])
+    parser.add_argument("--bits", type=float, default=1.0)
+    parser.add_argument("--training", nargs="+", default=["none"], choices=["none", "factors"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--work", type=Path, help="where checkpoints are written (default: the temporary directory)")
+    parser.add_argument("--commit", help="recorded; by default git is asked")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compress_time.jsonl")
+    args = parser.parse_args()
+    conditions = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": args.commit or _commit(),
+        "machine": machine(args.device),
+        "torch": torch.__version__,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a") as out, tempfile.TemporaryDirectory(dir=args.work) as work:
+        measured(replace(SHAPES["tiny"], layers=1), AutoOptions(bits=args.bits, distill=None), args.device, Path(work))
+        for name in args.shapes:
+            for training in args.training:
+                options = AutoOptions(bits=args.bits, distill=DISTILL if training == "factors" else None)
+                runs = []
+                for depth in args.depths:
+                    runs.append(measured(replace(SHAPES[name], layers=depth), options, args.device, Path(work)))
+                    print(name, training, json.dumps(runs[-1]), flush=True)
+                whole = extrapolated(runs[0], runs[1], SHAPES[name])
+                print(name, training, "extrapolated", json.dumps(whole), flush=True)
+                command = f"benchmarks/compress_time.py --shapes {name} --training {training} --bits {args.bits:g} "
+                command += f"--depths {args.depths[0]} {args.depths[1]}"
+                record = {"shape": name, **asdict(SHAPES[name]), "bits": args.bits, "training": training}
+                record |= {"runs": runs, "extrapolated": whole, **conditions, "command": command}
+                out.write(json.dumps(record) + "\n")
+                out.flush()
+
+
+def _commit() -> str:
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
