@@ -76,13 +76,14 @@ def rows_times_matrix(
 
     Args:
         t, stop: rows of x; from `stop` on they count as zeros. r, rows: the same of M, [rows, K].
+        first: a multiple of SPAN. What lies beyond K counts as zeros.
     """
     k = first + tl.arange(0, BK)
     x_at = X + t[:, None].to(tl.int64) * x_stride + k[None, :]
     m_at = MATRIX + r[None, :].to(tl.int64) * K + k[:, None]
     total = tl.zeros((t.shape[0], r.shape[0]), tl.float32)
     for done in tl.range(0, SPAN, BK, num_stages=STAGES):
-        if K % BK == 0:
+        if K % SPAN == 0 and SPAN % BK == 0:
             x = tl.load(x_at + done, mask=t[:, None] < stop, other=0.0)
             m = tl.load(m_at + done, mask=r[None, :] < rows, other=0.0)
         else:

@@ -24,7 +24,13 @@ def test_mixes(mix: str, dtype: torch.dtype) -> None:
     check(w, FUSED, rows(MIXES[mix], padding=2, spare_segments=1), max_rank=48)
 
 
-@pytest.mark.parametrize("target", [SINGLE, FUSED, Target(0, 17, 1000), Target(1, 300, 8, (0, 16, 288))], ids=str)
+SPLIT_UNEVENLY = Target(0, 17, 1408)
+"""11 steps along K in 4 parts"""
+
+
+@pytest.mark.parametrize(
+    "target", [SINGLE, FUSED, SPLIT_UNEVENLY, Target(0, 17, 1000), Target(1, 300, 8, (0, 16, 288))], ids=str
+)
 def test_sizes(target: Target) -> None:
     w = world([SINGLE, target] if target.index else [target, FUSED], SPECS, DTYPES[0], seed=1)
     check(w, target, rows([5, 6, 6, 9, ONE_MEMBER]), max_rank=64)
