@@ -76,6 +76,8 @@ def delta_linear(
     if impl:
         config = replace(config, impl=impl)
     _check(x_TK, planes, weight_NK, target, kinds, out, config)
+    if segments_G4.shape[0] == 0:
+        kinds = Kinds()  # rows of the base alone, in a step that is not captured; delta is not written
     if kinds.compact and not kinds.signs:  # its end hides behind the base's first requests
         assert out.delta_TN is not None
         compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=False)

@@ -170,6 +170,18 @@ def test_base_alone(config: Config, inputs: int) -> None:
     near(out.base_STN.double().sum(0), x.double() @ weight.double().T, 1e-5)
 
 
+@pytest.mark.parametrize("config", [FLAT, TWO, Config("unpack")], ids=lambda c: c.impl)
+def test_no_segments_at_all(config: Config) -> None:
+    """A wide step of the base's rows has none, not even empty ones: there is nothing that a kernel could read."""
+    target = Target(0, 40, 260)
+    made, batch, x = world([target], [{"signs": 1}], torch.float32), rows([0] * 3), activations(3, 260, torch.float32)
+    batch = replace(batch, segments_G4=batch.segments_G4[:0])
+    weight, out = run(made, target, batch, x, config)
+    assert out.delta_TN is not None
+    assert out.delta_TN.isnan().all()
+    near(out.base_STN.double().sum(0), x.double() @ weight.double().T, 1e-5)
+
+
 def test_error_of_fixed_point() -> None:
     """As `kernels.planes` says: bounded always, and on average, even with a channel 60 times the others."""
     target = Target(0, 32, 2048)
