@@ -119,7 +119,8 @@ def rule(target: Target, rows: int, kinds: Kinds, b1: bool, shared: int = _SHARE
     if rows > FLAT_ROWS and not several and shared >= _SHARED_BYTES:
         signs = replace(signs_with(target, 2 * shared // 3), resident=3, registers=168)
     else:
-        signs = signs_with(target, shared)
+        # Few enough registers that the kernels after it find room before it ends.
+        signs = replace(signs_with(target, shared), registers=None if several or not kinds.signs else 168)
     if kinds.signs and not b1:
         return replace(signs, impl="unpack", registers=None)
     if rows > FLAT_ROWS:

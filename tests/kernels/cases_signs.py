@@ -31,8 +31,9 @@ def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None
 CASES = [
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
     Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "UBLKPF", "ACQBULK")}),
-    Case("linear flat 12288x4096 T64 single", lambda: linear(QKV, 64, SINGLE), FLAT),
-    Case("linear flat 4096x11008 T64", lambda: linear(DOWN, 64, SIGNS), FLAT),
+    Case("linear flat 12288x4096 T32 single", lambda: linear(QKV, 32, SINGLE), FLAT),
+    Case("linear signs 12288x4096 T64 single", lambda: linear(QKV, 64, SINGLE), BMMA),
+    Case("linear flat 4096x11008 T32", lambda: linear(DOWN, 32, SIGNS), FLAT),
     Case("linear flat 4096x11008 T16 single", lambda: linear(DOWN, 16, SINGLE), FLAT),
     Case("linear base 12288x4096 T8", lambda: linear(QKV, 8, Kinds()), {80: ("HMMA.16816",), 90: ("HGMMA",)}),
     Case("linear signs 12288x4096 T256 columns", lambda: linear(QKV, 256, COLUMNS), BMMA),

@@ -50,6 +50,8 @@ class Compiled:
     registers: int
     stack: int
     """Bytes of local memory: spills, or arrays that are indexed at run time"""
+    spilled: int
+    """Accesses to it in the innermost loops that multiply matrices; where there are none, the bytes"""
     shared: int
     counts: dict[str, int]
     """How often each instruction stands in the machine code"""
@@ -108,9 +110,23 @@ def inspect(case: str, kernel: Any) -> Compiled:
     dropped = len(re.findall(r"HGMMA\S* RZ, gdesc\[URZ\]", sass))
     shared, local = kernel.metadata.shared, max(found["STACK"], found["LOCAL"])
     layouts = fragments(kernel.asm["ttgir"])
+    spilled = local and spills(sass, local)
     return Compiled(
-        case, kernel.metadata.name, found["REG"], local, shared, dict(counts.most_common()), dropped, layouts
+        case, kernel.metadata.name, found["REG"], local, spilled, shared, dict(counts.most_common()), dropped, layouts
     )
+
+
+def spills(sass: str, local: int) -> int:
+    """Accesses to local memory in the innermost loops that multiply matrices; `local` where no loop does."""
+    lines = sass.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line.strip()))}
+    branches = ((i, re.search(r"BRA `\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines))
+    loops = [(labels[m[1]], i) for i, m in branches if m and labels.get(m[1], i) < i]
+    multiply = [(a, b) for a, b in loops if any(re.search(r"\b(H|B|I)G?MMA\b|\b[HBI]MMA\.", x) for x in lines[a:b])]
+    inner = [(a, b) for a, b in multiply if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in multiply)]
+    if not inner:
+        return local
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for a, b in inner for line in lines[a:b])
 
 
 def fragments(ttgir: str) -> list[str]:
@@ -153,7 +169,9 @@ def main() -> None:
             print(json.dumps(asdict(c)))
             continue
         lost = f" {c.dropped} products dropped" if c.dropped else ""
-        print(f"{c.case:48} {c.kernel:24} {c.registers:4} registers {c.stack:5} B stack {c.shared:7} B shared{lost}")
+        print(
+            f"{c.case:48} {c.kernel:24} {c.registers:4} registers {c.stack:5} B stack {c.spilled:3} spilled {c.shared:7} B shared{lost}"
+        )
         if args.counts:
             print("    " + " ".join(f"{k}:{v}" for k, v in list(c.counts.items())[: args.counts]))
 
