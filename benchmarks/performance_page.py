@@ -82,10 +82,10 @@ def linear_table(results: Results) -> str:
 
 
 def others_table(results: Results) -> str:
-    keys = ("kernel", "model", "op", "rows", "variants", "context", "impl", "way", "planes")
+    keys = ("kernel", "model", "op", "rows", "variants", "context", "impl", "way", "planes", "form")
     records = [r for r in results.latest("ops", keys) if r["kernel"] != "linear"]
     heads = ("kernel", "model", "case", "us", "floor", "of the floor", "TFLOP/s", "peers, us (times ours)")
-    named = ("op", "rows", "variants", "context", "impl", "way", "planes")
+    named = ("op", "rows", "variants", "context", "impl", "way", "planes", "form")
     rows = [
         (
             r["kernel"], r["model"], ", ".join(f"{k} {r[k]}" for k in named if k in r), f"{r['us']:.1f}",
