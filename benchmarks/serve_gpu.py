@@ -23,12 +23,13 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import engine as bare
 import engine_cases
 import httpx
+import psutil
 import synthetic
 import torch
 from arrivals import Offered, make_load, play, summary
@@ -107,13 +108,17 @@ def server(base: Path, repository: Path, work: Path, options: list[str], startup
 
 
 def _end(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=STOP_S)
-    except subprocess.TimeoutExpired:
-        print(f"the server did not end in {STOP_S:.0f} s: killed", flush=True)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """Ray's processes are sessions of their own: what they leave would keep the GPU's memory."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs([psutil.Process(process.pid), *started], timeout=STOP_S)
+        if alive:
+            print(f"{len(alive)} processes of the server did not end in {STOP_S:.0f} s: killed", flush=True)
+        for one in alive:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
 
 
 def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path, startup_s: float) -> None:
@@ -178,6 +183,7 @@ def main() -> int:
     parser.add_argument("--startup-seconds", type=float, default=240.0, help="a server that takes longer is given up")
     parser.add_argument("--budget", type=float, default=None, help="seconds after which no further system is started")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it has started
     with engine_cases.workplace(arguments) as work:
         return run(arguments, work)
 

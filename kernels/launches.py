@@ -9,8 +9,8 @@ that the kernel before writes. The rules, on chips of capability 9.0 and later:
 - The first kernel of a step is launched plainly, after all that came before it: copies to the slab, and the tables that
   say where variants lie, are complete for the whole step, and so are the step's rows.
 - All let the next kernel start at once. Linears have no more programs than run at a time, so what starts early can take
-  nothing but the room that they leave: where that is enough for a small kernel, it is there when the linear ends, and the
-  linear after it asks for its first weights as programs of this one end (`docs/log.md`, 2026-11-27).
+  nothing but the room that they leave: where that is enough for a small kernel, it is there when the linear ends, and
+  the linear after it asks for its first weights as programs of this one end (`docs/log.md`, 2026-11-27).
 - Whoever does neither (cuBLAS, copies) may stand anywhere: it starts after, and is finished before.
 """
 

@@ -88,7 +88,7 @@ def _byte_rows(q):
 
 
 @triton.jit
-def _transposed(x, y):
+def transposed(x, y):
     """8 x 8 bits, a byte a row, four rows in x and in y: rows become columns. (Warren, Hacker's Delight, 7-3.)"""
     t = (x ^ (x >> 7)) & 0x00AA00AA
     x = x ^ t ^ (t << 7)
@@ -115,8 +115,8 @@ def store_planes(first, second, WORDS, row_offset, first_block, blocks, KS: tl.c
     """
     low_1, high_1 = _byte_rows(first)
     low_2, high_2 = _byte_rows(second)
-    p0, p4 = _transposed(low_1, low_2)
-    p8, p12 = _transposed(high_1, high_2)
+    p0, p4 = transposed(low_1, low_2)
+    p8, p12 = transposed(high_1, high_2)
     # Bit operators, which hide from the compiler that bytes follow one another: it would bring them together.
     i = tl.arange(0, KS // 8)
     block = first_block + (i >> 5)

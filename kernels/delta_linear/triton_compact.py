@@ -26,7 +26,7 @@ from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.triton_parts import FORM, INPUTS, KEPT, OUTPUTS
 from kernels.delta_linear.triton_share import prefetch
 from kernels.delta_linear.triton_signs import multiply
-from kernels.planes import LARGEST
+from kernels.planes import LARGEST, transposed
 
 _LARGEST = tl.constexpr(float(LARGEST))
 _MAGIC = tl.constexpr(12582912.0)
@@ -83,21 +83,6 @@ def _bytes(a, b, c, d):
 
 
 @triton.jit
-def _transposed(x, y):
-    """8 x 8 bits: see `kernels.planes`."""
-    t = (x ^ (x >> 7)) & 0x00AA00AA
-    x = x ^ t ^ (t << 7)
-    t = (y ^ (y >> 7)) & 0x00AA00AA
-    y = y ^ t ^ (t << 7)
-    t = (x ^ (x >> 14)) & 0x0000CCCC
-    x = x ^ t ^ (t << 14)
-    t = (y ^ (y >> 14)) & 0x0000CCCC
-    y = y ^ t ^ (t << 14)
-    t = (x ^ (y << 4)) & 0xF0F0F0F0
-    return x ^ t, y ^ (t >> 4)
-
-
-@triton.jit
 def _gathered(XROW, places, column, stride, K: tl.constexpr, j: tl.constexpr):
     """float32: x at the j-th of every lane's eight kept inputs, 0 where there is none.
 
@@ -140,8 +125,8 @@ def gathered_planes(XROW, low, high, column, stride, K: tl.constexpr, WARPS: tl.
     sums = tl.sum(tl.sum(tl.reshape(total.to(tl.int32, bitcast=True), (WARPS, 8, 4)), 2), 1)
     low_1, high_1 = _bytes(q0, q1, q2, q3)
     low_2, high_2 = _bytes(q4, q5, q6, q7)
-    p0, p4 = _transposed(low_1, low_2)
-    p8, p12 = _transposed(high_1, high_2)
+    p0, p4 = transposed(low_1, low_2)
+    p8, p12 = transposed(high_1, high_2)
     words = tl.reshape(tl.join(tl.join(p0, p8), tl.join(p4, p12)), (WARPS * 128,)).to(tl.int32, bitcast=True)
     return trade(words), amax * (1.0 / _LARGEST), tl.broadcast_to(sums[:, None], (WARPS, 8))
 

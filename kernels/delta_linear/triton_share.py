@@ -9,7 +9,7 @@ max(a - b, 0) is written max(a, b) - b: of the former the ptxas of Triton 3.6 ma
 
 # Triton's language is not Python's:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 

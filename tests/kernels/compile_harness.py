@@ -169,9 +169,8 @@ def main() -> None:
             print(json.dumps(asdict(c)))
             continue
         lost = f" {c.dropped} products dropped" if c.dropped else ""
-        print(
-            f"{c.case:48} {c.kernel:24} {c.registers:4} registers {c.stack:5} B stack {c.spilled:3} spilled {c.shared:7} B shared{lost}"
-        )
+        memory = f"{c.stack:5} B stack {c.spilled:3} spilled {c.shared:7} B shared"
+        print(f"{c.case:48} {c.kernel:24} {c.registers:4} registers {memory}{lost}")
         if args.counts:
             print("    " + " ".join(f"{k}:{v}" for k, v in list(c.counts.items())[: args.counts]))
 
