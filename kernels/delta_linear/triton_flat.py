@@ -51,7 +51,7 @@ def flat_kernel(
                 sign_share(
                     SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride,
                     scale_stride, DELTA, N, width, M1, M2,
-                    PROGRAMS, KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH,
+                    PROGRAMS, KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH, PDL,
                 )  # fmt: skip
 
 
@@ -70,5 +70,5 @@ def sign_kernel(
         gdc_wait()
     sign_share(
         SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
-        N, width, M1, M2, PROGRAMS, KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH,
+        N, width, M1, M2, PROGRAMS, KB, TILES, SPREAD, WARPS, MEMBERS, COLUMNS, MANY, LONGEST, DEPTH, PDL,
     )  # fmt: skip

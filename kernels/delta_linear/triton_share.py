@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
 from kernels.delta_linear.triton_signs import load_planes, load_signs, places, sums
 
-_ASKS = tl.constexpr(not knobs.runtime.interpret)
 _SEVERAL_STAGES = tl.constexpr(5)
 """Where several rows are multiplied: a step is a part of one tile, so more of them have to be under way"""
 _MOST_REGISTERS = tl.constexpr(64)
@@ -221,10 +219,9 @@ def _segment_of(SLAB, TABLE, table_stride, SEGMENTS, g, base_outputs):
 
 @triton.jit
 def _request(words, tile, last, KB: tl.constexpr, TILES: tl.constexpr):
-    """Ask for the signs of TILES tiles from one on, as far as the last. (The interpreter has no such instruction.)"""
-    if _ASKS:
-        t = tl.minimum(tile + tl.arange(0, TILES), last)
-        prefetch(words + t.to(tl.int64) * (KB * 128), tl.zeros_like(t) + KB * 512)
+    """Ask for the signs of TILES tiles from one on, as far as the last."""
+    t = tl.minimum(tile + tl.arange(0, TILES), last)
+    prefetch(words + t.to(tl.int64) * (KB * 128), tl.zeros_like(t) + KB * 512)
 
 
 @triton.jit
@@ -309,6 +306,7 @@ def sign_share(
     base_outputs, width, M1, M2,
     PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr,
     MEMBERS: tl.constexpr, COLUMNS: tl.constexpr, MANY: tl.constexpr, LONGEST: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """OUT[row, n] of the program's tiles of all segments' rows, zero where a variant has no signs.
 
@@ -320,20 +318,21 @@ def sign_share(
         TILES: multiplied at once. SPREAD: warps that share the columns of a row's tile; a power of two, of WARPS.
         LONGEST: 1 where no segment has more rows than that.
         STAGES: Triton's: how many steps of TILES there are, at various stages.
+        PDL: whether the chip has what asks ahead.
     """
     tiles = (width + 15) // 16
     segments = tl.load(SEGMENTS + 3)
     lo, hi = range_of(program, PROGRAMS, segments * tiles)
     for g in range(lo // tiles, (hi + tiles - 1) // tiles):
         at, start, stop, outputs, words = _segment_of(SLAB, TABLE, table_stride, SEGMENTS, g, base_outputs)
-        # Brings what the next one looks up nearer. Not carried over: Triton 3.6 then took `start` from before the loop.
-        _, _, _, outputs_2, words_2 = _segment_of(
-            SLAB, TABLE, table_stride, SEGMENTS, tl.minimum(g + 1, segments - 1), base_outputs
-        )  # fmt: skip
         before = g * tiles
         tile, end = tl.maximum(lo, before) - before, tl.minimum(hi - before, tiles)  # see above
-        if (hi > before + tiles) & (outputs_2 > 0):
-            _request(words_2, 0, (outputs_2 + 15) // 16 - 1, KB, TILES)
+        if PDL:
+            # Looked up here and again in the next turn: Triton 3.6 lost one of the values when they were carried over.
+            next_g = tl.minimum(g + 1, segments - 1)
+            _, _, _, signed_2, words_2 = _segment_of(SLAB, TABLE, table_stride, SEGMENTS, next_g, base_outputs)
+            if (hi > before + tiles) & (signed_2 > 0):
+                _request(words_2, 0, (signed_2 + 15) // 16 - 1, KB, TILES)
         signed = tl.minimum(end, (outputs + 15) // 16)
         for member in range(MEMBERS):
             from_tile, to_tile = tile, signed
