@@ -16,7 +16,7 @@ from tests.kernels.compile_harness import ARCHS
 
 ROOT = Path(__file__).parents[2]
 FOUR_WORDS = (
-    "sizePerThread = [1, 4], threadsPerWarp = [1, 32], warpsPerCTA = [1, ",
+    "sizePerThread = [1, 4], threadsPerWarp = [1, 32], ",
     "sizePerThread = [4], threadsPerWarp = [32], ",
 )
 
