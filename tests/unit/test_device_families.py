@@ -77,4 +77,4 @@ def test_working_memory_is_what_was_planned(tmp_path: Path) -> None:
     for rows in (1, 2):
         decoder.decode(StepBuffers(StepSize.decode(rows, 4), DEVICE).rows, sampled, kv, rig.tables.kinds)
     with pytest.raises(AssertionError, match="planned for less"):
-        decoder.decode(StepBuffers(StepSize.decode(9, 4), DEVICE).rows, sampled, kv, rig.tables.kinds)
+        decoder.decode(StepBuffers(StepSize.decode(64, 4), DEVICE).rows, sampled, kv, rig.tables.kinds)
