@@ -63,10 +63,18 @@ class Config:
         """The most programs that share a tile of the base: how many partials there are."""
         if self.impl != "flat":
             return 1
-        steps, programs = triton.cdiv(target.inputs, self.inner), self.sharing(target, width, device)
-        tiles = triton.cdiv(width, self.outputs)
-        whose = [program_of(step, programs, tiles * steps) for step in range(tiles * steps)]
-        return max(whose[(t + 1) * steps - 1] - whose[t * steps] for t in range(tiles)) + 1
+        steps, tiles = triton.cdiv(target.inputs, self.inner), triton.cdiv(width, self.outputs)
+        return most_sharing(self.sharing(target, width, device), tiles, steps)
+
+
+@lru_cache(maxsize=256)
+def most_sharing(programs: int, tiles: int, steps: int) -> int:
+    """The most programs that share a tile, all steps of all tiles being dealt out. Remembered: every launch asks."""
+    total = tiles * steps
+    return 1 + max(
+        program_of(end - 1, programs, total) - program_of(end - steps, programs, total)
+        for end in range(steps, total + 1, steps)
+    )
 
 
 def program_of(one: int, programs: int, total: int) -> int:
@@ -191,16 +199,10 @@ def _sign_candidates(target: Target) -> list[Config]:
     for spread, steps, resident in product(sorted({usual.spread, usual.warps}), (1, 2, 4), (2, 3)):
         config = replace(usual, spread=spread, tiles=steps * usual.warps // spread, resident=resident)
         config = replace(config, registers=168 if resident == 3 else None)
-        each = _bytes(replace(config, depth=2), target)
-        depth = 1 + 200 * 1024 // (resident * each)
+        depth = 1 + 2 * _SHARED_BYTES // (resident * config.tiles * target.tiles[1] * 512)
         if 3 <= depth <= 9 and (steps == 1 or spread == usual.warps):
             found.append(replace(config, depth=depth))
     return found
-
-
-def _bytes(config: Config, target: Target) -> int:
-    """Of signs in a program's shared memory."""
-    return (config.depth - 1) * config.tiles * target.tiles[1] * 512
 
 
 def settings(config: Config) -> dict[str, int | str | bool | None]:
