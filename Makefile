@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Of an environment that has a CUDA build of torch already: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
-.PHONY: demo serve test test-gpu lint format clean install
+.PHONY: demo serve test test-gpu sanitize-gpu lint format clean install
 
 demo: .venv/demo  ## compress, publish and serve four fine-tunes, ask them all, print the table
 	$(BIN)/python examples/demo/demo.py
@@ -17,6 +17,11 @@ test: .venv/dev  ## all tests
 test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/dev)  ## kernels, decoder and engine on this machine's GPU
 	$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
 	$(GPU_PYTHON) -m pytest tests/kernels tests/engine
+
+# Without torch's caching every tensor is an allocation of its own, beyond which memcheck sees any access.
+sanitize-gpu:  ## a decode step and prompts of every kind of delta under compute-sanitizer
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
+	  $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/engine/test_device_decoder.py -k "every_kind or binary"
 
 lint: .venv/dev  ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
