@@ -87,8 +87,7 @@ def load_digits(
 @triton.jit
 def _bits(words, P: tl.constexpr):
     """Bit P of every byte, as 64 where P is even and 128 where it is odd."""
-    MASK: tl.constexpr = -0x7F7F7F80 if P % 2 else 0x40404040  # 0x80808080
-    return (words << (6 - P // 2 * 2)) & MASK
+    return (words << (6 - P // 2 * 2)) & (-0x7F7F7F80 if P % 2 else 0x40404040)  # 0x80808080
 
 
 @triton.jit

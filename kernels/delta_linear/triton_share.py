@@ -23,9 +23,8 @@ from kernels.delta_linear.triton_signs import load_planes, load_signs, places, s
 
 SEVERAL = tl.constexpr(8)
 """Rows that are multiplied at once where a variant has more than one"""
-_SEVERAL_TILES = tl.constexpr(2)
-_SEVERAL_STAGES = tl.constexpr(4)
-"""Tiles at once then, and at how many stages: all warps share each, so two of them are half a step of one row"""
+_MOST_STAGES = tl.constexpr(4)
+"""Of several rows' tiles: what is under way there is enough long before shared memory is full"""
 _MOST_REGISTERS = tl.constexpr(64)
 """That the planes of a program's row may take of every thread"""
 _MOST_OF_SEVERAL = tl.constexpr(128)
@@ -127,13 +126,18 @@ def _store(
 def _rows(
     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
     KB: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
-    MANY: tl.constexpr, STAGES: tl.constexpr,
+    MANY: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS of one plane: in as many parts of K as their planes' registers ask for."""
+    """Rows first .. first + ROWS of one plane: in as many parts of K as their registers ask for.
+
+    ROOM: blocks of 16 x 256 signs that shared memory holds.
+    """
     ALL: tl.constexpr = (KB + SPREAD - 1) // SPREAD
     MOST: tl.constexpr = _MOST_REGISTERS // 4 if ROWS == 1 else _MOST_OF_SEVERAL // 32
     PARTS: tl.constexpr = (ALL + MOST - 1) // MOST
     STEPS: tl.constexpr = (ALL + PARTS - 1) // PARTS
+    BLOCKS: tl.constexpr = TILES * (STEPS * SPREAD if STEPS * SPREAD < KB else KB)
+    STAGES: tl.constexpr = _MOST_STAGES if ROWS > 1 and ROOM // BLOCKS >= _MOST_STAGES else 1 + (ROOM // BLOCKS or 1)
     row, _ = places(ROWS)
     there = tl.minimum(first + row, stop - 1)
     x_scale = tl.load(XSCALE + there)
@@ -153,25 +157,25 @@ def _plane(
     KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr,
     LONGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All rows of a segment, one plane. Where a variant has several rows, all warps share a tile's columns, and
-    eight rows are multiplied at once."""
+    """All rows of a segment, one plane. Several rows are multiplied eight at once: all warps share a tile's columns
+    then, and meet once for so many tiles that each has 128 products in between (K = 4096)."""
     COPIES: tl.constexpr = 1 if SPREAD == WARPS else TILES
     if LONGEST == 1:
         _rows(
             words, OUT, WORDS, XSCALE, XSUM, start, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
-            KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
+            KB, TILES, COPIES, SPREAD, 1, MANY, (STAGES - 1) * TILES * KB,
         )  # fmt: skip
     else:
         for first in range(start, stop, SEVERAL):
             if stop - first == 1:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
+                    later, KB, TILES, COPIES, SPREAD, 1, MANY, (STAGES - 1) * TILES * KB,
                 )  # fmt: skip
             else:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, _SEVERAL_TILES, 1, WARPS, SEVERAL, MANY, _SEVERAL_STAGES,
+                    later, KB, WARPS // 2, 1, WARPS, SEVERAL, MANY, (STAGES - 1) * TILES * KB,
                 )  # fmt: skip
             tl.debug_barrier()
 
@@ -328,7 +332,8 @@ def sign_share(
             is not set: members matter for column scales alone.
         TILES: multiplied at once. SPREAD: warps that share the columns of a row's tile; a power of two, of WARPS.
         LONGEST: 1 where no segment has more rows than that.
-        STAGES: Triton's: how many steps of TILES there are, at various stages.
+        STAGES: Triton's: how many steps of TILES of a row there are, at various stages; those of several rows take no
+            more room.
         PDL: whether the chip has what asks ahead.
     """
     tiles = (width + 15) // 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.delta_linear.choice import Config, rule
+from kernels.delta_linear.choice import Config, large, rule
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.device import Kinds, Planes, Target
 from tests.kernels.compile_harness import Case
@@ -36,6 +36,7 @@ CASES = [
     Case("linear signs 12288x4096 T64 single", lambda: linear(QKV, 64, SINGLE), BMMA),
     Case("linear signs 12288x4096 T64", lambda: linear(QKV, 64, SIGNS), SEVERAL),
     Case("linear signs 4096x11008 T64", lambda: linear(DOWN, 64, SIGNS), SEVERAL),
+    Case("linear signs 12288x4096 T64 large", lambda: linear(QKV, 64, SIGNS, large(QKV)), SEVERAL),
     Case("linear flat 4096x11008 T32", lambda: linear(DOWN, 32, SIGNS), FLAT),
     Case("linear flat 4096x11008 T16 single", lambda: linear(DOWN, 16, SINGLE), FLAT),
     Case("linear base 12288x4096 T8", lambda: linear(QKV, 8, Kinds()), {80: ("HMMA.16816",), 90: ("HGMMA",)}),
