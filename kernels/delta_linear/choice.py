@@ -169,11 +169,12 @@ def candidates(target: Target, rows: int, kinds: Kinds) -> list[Config]:
     chosen = rule(target, rows, kinds, b1=True)
     flat = rule(target, min(rows, FLAT_ROWS), kinds, b1=True)
     signs = _sign_candidates(target) if kinds.signs else []
+    one = [large(target)] if kinds.signs and not kinds.single and rows > 1 else []
     found = [chosen, replace(chosen, impl="signs")]
     if rows <= 2 * FLAT_ROWS:
         found += [flat, *(replace(flat, **base) for base in _base_candidates(rows))]
         found += [fitting(replace(flat, **_sign_part(s)), rows) for s in signs]
-    return list(dict.fromkeys(found + signs))
+    return list(dict.fromkeys(found + signs + one))
 
 
 def fitting(config: Config, rows: int) -> Config:
@@ -203,6 +204,12 @@ def _sign_candidates(target: Target) -> list[Config]:
         if 3 <= depth <= 9 and (steps == 1 or spread == usual.warps):
             found.append(replace(config, depth=depth))
     return found
+
+
+def large(target: Target) -> Config:
+    """One program of twice as many warps instead of two: several rows of a variant are read half as often."""
+    usual = signs_with(target, 2 * _SHARED_BYTES)
+    return replace(usual, warps=2 * usual.warps, spread=2 * usual.spread, resident=1)
 
 
 def settings(config: Config) -> dict[str, int | str | bool | None]:

@@ -18,7 +18,7 @@ from kernels.delta_linear.compact import compact
 from kernels.delta_linear.triton_flat import flat_kernel, sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.delta_linear.triton_unpack import unpack_kernel
-from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
+from kernels.device import SEGMENT_ROWS, DeviceDeltas, Kinds, Partials, Planes, Target
 
 __all__ = ["delta_linear", "partials_of"]
 UNPACKED_TILES = 4
@@ -220,7 +220,7 @@ def sign_constants(
         "MEMBERS": len(target.members) if kinds.columns else 1,
         "COLUMNS": kinds.columns,
         "MANY": kinds.planes > 1,
-        "LONGEST": 1 if rows == 1 or kinds.single else 4,
+        "LONGEST": 1 if rows == 1 or kinds.single else SEGMENT_ROWS,
         "PDL": pdl,
     }
 

@@ -68,7 +68,7 @@ def product_error(device: torch.device, tiles: int, spread: int, warps: int) -> 
     sign_kernel[(2,)](
         *table_arguments(deltas, target), segments, planes.words_CTW, planes.scale_CT, planes.sum_CT, 0, 0, out_TN,
         target.outputs, target.outputs, 0, 0, PROGRAMS=2, KB=target.tiles[1], TILES=tiles, SPREAD=spread, DEPTH=3,
-        WARPS=warps, MEMBERS=1, COLUMNS=False, MANY=False, LONGEST=4, PDL=False, num_warps=warps,
+        WARPS=warps, MEMBERS=1, COLUMNS=False, MANY=False, LONGEST=8, PDL=False, num_warps=warps,
     )  # fmt: skip
     x_TK = values(planes, target.inputs)[0].double().cpu()
     bits = (sign_VNk[..., None] >> torch.arange(8)) & 1

@@ -17,13 +17,18 @@ import triton
 import triton.language as tl
 
 from kernels.delta_linear import triton_parts as parts
+from kernels.delta_linear.triton_digits import digit_sums, load_digits
 from kernels.delta_linear.triton_parts import COL, PLANES, SCALE, SIGN, ZERO
 from kernels.delta_linear.triton_signs import load_planes, load_signs, places, sums
 
-_SEVERAL_STAGES = tl.constexpr(5)
-"""Where several rows are multiplied: a step is a part of one tile, so more of them have to be under way"""
+SEVERAL = tl.constexpr(8)
+"""Rows that are multiplied at once where a variant has more than one"""
+_MOST_STAGES = tl.constexpr(4)
+"""Of several rows' tiles: what is under way there is enough long before shared memory is full"""
 _MOST_REGISTERS = tl.constexpr(64)
-"""That the planes of a program's rows may take of every thread"""
+"""That the planes of a program's row may take of every thread"""
+_MOST_OF_SEVERAL = tl.constexpr(128)
+"""That the digits of several rows may"""
 
 
 @triton.jit
@@ -68,15 +73,19 @@ def _tiles(
         later, shifted: with MANY planes, this one adds to what earlier ones left; has zero terms, ZEROS of each output.
     """
     CHAINS: tl.constexpr = 4 if COPIES == TILES and STEPS >= 4 else 2 if STEPS >= 2 else 1
-    planes = ()
-    for p in tl.static_range(ROWS):
-        planes = planes + (load_planes(WORDS, first, stop, p, KB, START, STEPS, COPIES, SPREAD, ROWS),)
+    if ROWS == 1:
+        x = load_planes(WORDS, first, KB, START, STEPS, COPIES, SPREAD)
+    else:
+        x = load_digits(WORDS, first, stop, KB, START, STEPS, SPREAD)
     e = tl.arange(0, SPREAD * 128)[None, :]
     t = tl.arange(0, TILES)
     for this in tl.range(tile, end, TILES, num_stages=STAGES):
         words_at = words + (this + t)[:, None].to(tl.int64) * (KB * 128) + e
         signs = load_signs(words_at, (this + t < end)[:, None], KB, START, STEPS, SPREAD)
-        found = sums(signs, planes, TILES, SPREAD, STEPS, ROWS, CHAINS)
+        if ROWS == 1:
+            found = sums(signs, x, TILES, SPREAD, STEPS, CHAINS)
+        else:
+            found = digit_sums(signs, x, TILES, SPREAD, STEPS)
         _store(
             found, OUT, first, stop, this, end, width, outputs, SCALES, ZEROS, x_scale, x_sum, shifted, later,
             TILES, ROWS, MANY, BEGUN, ENDS,
@@ -117,12 +126,18 @@ def _store(
 def _rows(
     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
     KB: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr,
-    MANY: tl.constexpr, STAGES: tl.constexpr,
+    MANY: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS of one plane: in as many parts of K as their planes' registers ask for."""
+    """Rows first .. first + ROWS of one plane: in as many parts of K as their registers ask for.
+
+    ROOM: blocks of 16 x 256 signs that shared memory holds.
+    """
     ALL: tl.constexpr = (KB + SPREAD - 1) // SPREAD
-    PARTS: tl.constexpr = (ALL * ROWS * 4 + _MOST_REGISTERS - 1) // _MOST_REGISTERS
+    MOST: tl.constexpr = _MOST_REGISTERS // 4 if ROWS == 1 else _MOST_OF_SEVERAL // 32
+    PARTS: tl.constexpr = (ALL + MOST - 1) // MOST
     STEPS: tl.constexpr = (ALL + PARTS - 1) // PARTS
+    BLOCKS: tl.constexpr = TILES * (STEPS * SPREAD if STEPS * SPREAD < KB else KB)
+    STAGES: tl.constexpr = _MOST_STAGES if ROWS > 1 and ROOM // BLOCKS >= _MOST_STAGES else 1 + (ROOM // BLOCKS or 1)
     row, _ = places(ROWS)
     there = tl.minimum(first + row, stop - 1)
     x_scale = tl.load(XSCALE + there)
@@ -142,25 +157,25 @@ def _plane(
     KB: tl.constexpr, TILES: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr, MANY: tl.constexpr,
     LONGEST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All rows of a segment, one plane. Where a variant has several rows, all warps share a tile's columns, and four
-    rows are multiplied at once."""
+    """All rows of a segment, one plane. Several rows are multiplied eight at once: all warps share a tile's columns
+    then, and meet once for so many tiles that each has 128 products in between (K = 4096)."""
     COPIES: tl.constexpr = 1 if SPREAD == WARPS else TILES
     if LONGEST == 1:
         _rows(
             words, OUT, WORDS, XSCALE, XSUM, start, stop, tile, end, width, outputs, SCALES, ZEROS, shifted, later,
-            KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
+            KB, TILES, COPIES, SPREAD, 1, MANY, (STAGES - 1) * TILES * KB,
         )  # fmt: skip
     else:
-        for first in range(start, stop, 4):
+        for first in range(start, stop, SEVERAL):
             if stop - first == 1:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, TILES, COPIES, SPREAD, 1, MANY, STAGES,
+                    later, KB, TILES, COPIES, SPREAD, 1, MANY, (STAGES - 1) * TILES * KB,
                 )  # fmt: skip
             else:
                 _rows(
                     words, OUT, WORDS, XSCALE, XSUM, first, stop, tile, end, width, outputs, SCALES, ZEROS, shifted,
-                    later, KB, 1, 1, WARPS, 4, MANY, _SEVERAL_STAGES,
+                    later, KB, WARPS // 2, 1, WARPS, SEVERAL, MANY, (STAGES - 1) * TILES * KB,
                 )  # fmt: skip
             tl.debug_barrier()
 
@@ -317,7 +332,8 @@ def sign_share(
             is not set: members matter for column scales alone.
         TILES: multiplied at once. SPREAD: warps that share the columns of a row's tile; a power of two, of WARPS.
         LONGEST: 1 where no segment has more rows than that.
-        STAGES: Triton's: how many steps of TILES there are, at various stages.
+        STAGES: Triton's: how many steps of TILES of a row there are, at various stages; those of several rows take no
+            more room.
         PDL: whether the chip has what asks ahead.
     """
     tiles = (width + 15) // 16

@@ -1,20 +1,17 @@
-"""Decode-sized products with sign planes on the binary tensor core (compute capability 8.0 to 9.x).
+"""Decode-sized products of a row with sign planes on the binary tensor core (compute capability 8.0 to 9.x).
 
 `mma.m16n8k256 and.popc` multiplies 16 outputs x 256 signs, as they lie in memory (`kernels.fragments`), with 8 columns
-of 256 bits: bit planes of the rows' 16-bit fixed point (`kernels.device.Planes`). With signs as bits b and rows as
+of 256 bits: bit planes of the row's 16-bit fixed point (`kernels.device.Planes`). With signs as bits b and the row as
 q = sum_p 2^p plane_p - 2^16 plane_15, sum +-q = 2 sum_p weight_p popcount(b & plane_p) - sum q: exact in 32 bits.
 
-The 8 columns are R rows x 8 / R planes, so that 1, 4 and 8 rows of one variant cost 2, 8 and 16 instructions a tile,
-without waste.
-
 Signs stream: a program goes over its tiles in a loop that the compiler pipelines, so that asynchronous copies of later
-tiles to shared memory are under way while these are multiplied. The planes of its rows stay in registers all the while.
-A tile's columns are shared by SPREAD warps: one where a warp's registers hold all planes of a row, all of them where
-there are several rows. What not even these hold is multiplied in PARTS, one loop after the other; the sums of later
-parts are added to what is there. (`triton_share` says which tiles a program has.)
+tiles to shared memory are under way while these are multiplied. The planes of its row stay in registers all the while.
+A tile's columns are shared by SPREAD warps: one where a warp's registers hold all planes of a row. What not even those
+of all warps hold is multiplied in PARTS, one loop after the other; the sums of later parts are added to what is there.
+(`triton_share` says which tiles a program has.)
 
-Not covered: chips whose `mma.b1` is emulated or gone (`triton_unpack`). `xor.popc`, which would save the identity
-above, is emulated everywhere from 9.0 on.
+Not covered: several rows of one variant (`triton_digits`); chips whose `mma.b1` is emulated or gone (`triton_unpack`).
+`xor.popc`, which would save the identity above, is emulated everywhere from 9.0 on.
 """
 
 # Triton's language is not Python's:
@@ -46,20 +43,14 @@ def multiply(signs, planes, low, high):
 
 @triton.jit
 def load_planes(
-    WORDS, first, stop, p,
-    KB: tl.constexpr, START: tl.constexpr, STEPS: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr,
-    ROWS: tl.constexpr,
+    WORDS, row, KB: tl.constexpr, START: tl.constexpr, STEPS: tl.constexpr, COPIES: tl.constexpr, SPREAD: tl.constexpr
 ):  # fmt: skip
-    """Planes p + ROWS * i and 8 more, i < 8 / ROWS, of rows first .. first + ROWS: STEPS of int32
-    [COPIES, SPREAD * 128], blocks of columns from START on, zero beyond the last. Rows beyond the last repeat it.
+    """Planes of a row: STEPS of int32 [COPIES, SPREAD * 128], blocks of columns from START on, zero beyond the last.
 
     COPIES: one, or one for each tile where each is another warp's: they would else pass from warp to warp.
     """
     e = tl.arange(0, SPREAD * 128)[None, :]
-    column = e // 16 % 8
-    row = tl.minimum(first + column % ROWS, stop - 1)
-    words = WORDS + row * (KB * 128) + e // 128 * 128 + (column // ROWS * ROWS + p) * 16 + e % 16
-    words = tl.broadcast_to(words, (COPIES, SPREAD * 128))
+    words = tl.broadcast_to(WORDS + row * (KB * 128) + e, (COPIES, SPREAD * 128))
     planes = ()
     for s in tl.static_range(STEPS):
         inside = tl.arange(0, COPIES)[:, None] >= 0
@@ -96,12 +87,12 @@ def _begun(shape: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _one_row(signs, planes, STEPS: tl.constexpr, CHAINS: tl.constexpr):
+def _products(signs, planes, STEPS: tl.constexpr, CHAINS: tl.constexpr):
     """Sums of the products with planes 0 to 7, and with 8 to 15. A product waits long for the one that it adds to: so
     every CHAINS-th is added up by itself."""
     low, high = _begun(signs[0].shape, CHAINS), _begun(signs[0].shape, CHAINS)
     for s in tl.static_range(STEPS):
-        lower, higher = multiply(signs[s], tl.broadcast_to(planes[0][s], signs[s].shape), low[0], high[0])
+        lower, higher = multiply(signs[s], tl.broadcast_to(planes[s], signs[s].shape), low[0], high[0])
         low, high = low[1:] + (lower,), high[1:] + (higher,)
     lower, higher = low[0], high[0]
     for i in tl.static_range(1, CHAINS):
@@ -110,45 +101,15 @@ def _one_row(signs, planes, STEPS: tl.constexpr, CHAINS: tl.constexpr):
 
 
 @triton.jit
-def _several_rows(signs, planes, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """Sums over planes p, p + ROWS and so on below 8, times 2^p; and the same from 8 on, the highest negative."""
-    low, high = _begun(signs[0].shape, ROWS), _begun(signs[0].shape, ROWS)
-    for s in tl.static_range(STEPS):
-        for p in tl.static_range(ROWS):
-            lower, higher = multiply(signs[s], tl.broadcast_to(planes[p][s], signs[s].shape), low[0], high[0])
-            low, high = low[1:] + (lower,), high[1:] + (higher,)
-    e = tl.arange(0, signs[0].shape[1])[None, :]
-    highest = (e // 4 % 4 * 2 + e % 2) // ROWS == 8 // ROWS - 1
-    lower, higher = low[ROWS - 1], tl.where(highest, -high[ROWS - 1], high[ROWS - 1])
-    for i in tl.static_range(ROWS - 1):
-        lower, higher = lower * 2 + low[ROWS - 2 - i], higher * 2 + high[ROWS - 2 - i]
-    return lower, higher
-
-
-@triton.jit
-def sums(
-    signs, planes,
-    TILES: tl.constexpr, SPREAD: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, CHAINS: tl.constexpr,
-):  # fmt: skip
-    """sum_k b[n, k] q[row, k]: int32 in the shape of `places`.
-
-    Args:
-        planes: one `load_planes` after another, of p from 0 to ROWS - 1.
-    """
+def sums(signs, planes, TILES: tl.constexpr, SPREAD: tl.constexpr, STEPS: tl.constexpr, CHAINS: tl.constexpr):
+    """sum_k b[n, k] q[k]: int32 in the shape of `places` of one row."""
     e = tl.arange(0, SPREAD * 128)[None, :]
     column = e // 4 % 4 * 2 + e % 2
-    weight = 1 << (column // ROWS * ROWS)
-    if ROWS == 1:
-        low, high = _one_row(signs, planes, STEPS, CHAINS)
-        total = low * weight + high * tl.where(column == 7, -32768, weight * 256)
-        lanes = tl.sum(tl.reshape(total, (TILES, SPREAD, 8, 4, 2, 2)), 5)
-        found = tl.reshape(tl.sum(tl.sum(lanes, 3), 1), (TILES, 8, 1, 2, 1))
-    else:
-        low, high = _several_rows(signs, planes, ROWS, STEPS)
-        total = (low + high * 256) * weight
-        lanes = tl.reshape(total, (TILES, SPREAD, 8, 8 // ROWS, ROWS // 2, 2, 2))
-        found = tl.sum(tl.sum(lanes, 3), 1)
-    return found
+    weight = 1 << column
+    low, high = _products(signs, planes, STEPS, CHAINS)
+    total = low * weight + high * tl.where(column == 7, -32768, weight * 256)
+    lanes = tl.sum(tl.reshape(total, (TILES, SPREAD, 8, 4, 2, 2)), 5)
+    return tl.reshape(tl.sum(tl.sum(lanes, 3), 1), (TILES, 8, 1, 2, 1))
 
 
 @triton.jit

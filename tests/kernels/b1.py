@@ -1,5 +1,5 @@
-"""What the interpreter lacks: `mma.m16n8k256.b1.b1 and.popc`, from the definition of its fragments in the PTX ISA, and
-what `triton_compact.trade` says that it does."""
+"""What the interpreter lacks: `mma.m16n8k256.b1.b1 and.popc` and `mma.m16n8k32` of bytes, from the definition of their
+fragments in the PTX ISA, and what `triton_compact.trade` says that it does."""
 
 from __future__ import annotations
 
@@ -30,6 +30,26 @@ def mma(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> np.ndarray:
     for q in range(4):
         for c in range(4):
             out[..., q, c] += counts[..., 8 * (c // 2) : 8 * (c // 2) + 8, 2 * q + c % 2]
+    return out
+
+
+def byte_mma(a: np.ndarray, b: np.ndarray, sums: np.ndarray, b_type: type[np.integer]) -> np.ndarray:
+    """Fragments as in `mma`, of bytes: A is u8. A's byte i of word c is row g + 8 (c % 2), column 4 q + i +
+    16 (c // 2); B's byte i of word c is column g, row 4 q + i + 16 c; C and D as there."""
+    rows = np.zeros((*a.shape[:-3], 16, 32), np.int32)
+    columns = np.zeros((*b.shape[:-3], 8, 32), np.int32)
+    a_bytes = np.ascontiguousarray(a).view(np.uint8).reshape(*a.shape, 4)
+    b_bytes = np.ascontiguousarray(b).view(b_type).reshape(*b.shape, 4)
+    out = sums.copy()
+    for q in range(4):
+        for c in range(4):
+            rows[..., 8 * (c % 2) : 8 * (c % 2) + 8, 4 * q + 16 * (c // 2) :][..., :4] = a_bytes[..., q, c, :]
+        for c in range(2):
+            columns[..., 4 * q + 16 * c :][..., :4] = b_bytes[..., q, c, :]
+    products = rows @ np.swapaxes(columns, -1, -2)
+    for q in range(4):
+        for c in range(4):
+            out[..., q, c] += products[..., 8 * (c // 2) : 8 * (c // 2) + 8, 2 * q + c % 2]
     return out
 
 
@@ -66,13 +86,19 @@ def _inline_asm(self: Any, asm: str, operands: str, values: Any, dtypes: Any, pu
         return _Results([picked(*(v.data for v in values[:2]), int(values[2].data.flat[0]))], tl.uint32)
     if "shfl.sync" in asm:
         return _traded(values, pure, pack)
-    assert asm.count("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc") == 2, f"not emulated: {asm}"
     assert not pure
     assert pack == 4
     shape = values[0].data.shape
     signs, planes = (np.ascontiguousarray(v.data).view(np.uint32).reshape(-1, 8, 4, 4) for v in values[:2])
     sums = [np.ascontiguousarray(v.data).reshape(-1, 8, 4, 4) for v in values[2:]]
-    return _Results([mma(signs, planes[..., 2 * i : 2 * i + 2], s).reshape(shape) for i, s in enumerate(sums)])
+    pairs = planes[..., :2], planes[..., 2:]
+    if "m16n8k32.row.col.s32.u8.u8.s32" in asm.partition(";")[0] and "m16n8k32.row.col.s32.u8.s8.s32" in asm:
+        types = np.uint8, np.int8
+        found = [byte_mma(signs, pair, s, t) for pair, s, t in zip(pairs, sums, types, strict=True)]
+    else:
+        assert asm.count("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc") == 2, f"not emulated: {asm}"
+        found = [mma(signs, pair, s) for pair, s in zip(pairs, sums, strict=True)]
+    return _Results([words.reshape(shape) for words in found])
 
 
 def _traded(values: Any, pure: bool, pack: int) -> _Results:

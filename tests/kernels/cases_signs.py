@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.delta_linear.choice import Config, rule
+from kernels.delta_linear.choice import Config, large, rule
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.device import Kinds, Planes, Target
 from tests.kernels.compile_harness import Case
@@ -15,6 +15,7 @@ COLUMNS = Kinds(signs=True, columns=True, planes=2)
 QKV, DOWN = Target(1, 12288, 4096, (0, 4096, 8192)), Target(1, 4096, 11008)
 STREAMED = ("BMMA.168256.AND.POPC", "LDGSTS.*128", "LDS.128")
 BMMA = {80: STREAMED, 90: STREAMED}
+SEVERAL = {arch: (*BMMA[arch], "IMMA.16832.U8.U8", "IMMA.16832.U8.S8") for arch in BMMA}
 FLAT = {80: (*BMMA[80], "HMMA.16816"), 90: (*BMMA[90], "HGMMA")}
 
 
@@ -33,6 +34,9 @@ CASES = [
     Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "UBLKPF", "ACQBULK")}),
     Case("linear flat 12288x4096 T32 single", lambda: linear(QKV, 32, SINGLE), FLAT),
     Case("linear signs 12288x4096 T64 single", lambda: linear(QKV, 64, SINGLE), BMMA),
+    Case("linear signs 12288x4096 T64", lambda: linear(QKV, 64, SIGNS), SEVERAL),
+    Case("linear signs 4096x11008 T64", lambda: linear(DOWN, 64, SIGNS), SEVERAL),
+    Case("linear signs 12288x4096 T64 large", lambda: linear(QKV, 64, SIGNS, large(QKV)), SEVERAL),
     Case("linear flat 4096x11008 T32", lambda: linear(DOWN, 32, SIGNS), FLAT),
     Case("linear flat 4096x11008 T16 single", lambda: linear(DOWN, 16, SINGLE), FLAT),
     Case("linear base 12288x4096 T8", lambda: linear(QKV, 8, Kinds()), {80: ("HMMA.16816",), 90: ("HGMMA",)}),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,9 @@ from kernels.delta_linear import wide
 from kernels.delta_linear.choice import Config
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.delta_linear.self_check import TOLERANCE, native_b1, product_error, self_check
-from kernels.device import Kinds, Partials, Planes, Target
+from kernels.device import Kinds, Partials, Planes, Target, segment_table
 from kernels.planes import prepare_planes
-from tests.kernels.b1 import emulated, mma
+from tests.kernels.b1 import byte_mma, emulated, mma
 from tests.kernels.device_harness import DEVICE, DTYPES, ENTRIES, MIXES, Rows, World, poisoned, rows, world
 
 FLAT = Config("flat", outputs=64, inner=32, stages=2, depth=2, resident=3)
@@ -130,10 +131,54 @@ def test_every_kind_in_one_batch(config: Config, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("lengths", [[1], [1, 3], [4], [2, 1, 5, 8, 9], [33]], ids=str)
 @pytest.mark.parametrize("config", [TWO, WIDE, Config("unpack")], ids=["signs", "wide", "unpack"])
 def test_segments_of_every_length(lengths: list[int], config: Config) -> None:
-    """Kernels take one, four or eight rows of a variant at a time."""
+    """Kernels take one or eight rows of a variant at a time."""
     target, made = Target(0, 10, 260), world([Target(0, 10, 260)], [{"signs": 1}] * len(lengths), torch.float32)
     batch = rows([entry for entry, n in enumerate(lengths, start=1) for _ in range(n)])
     check(made, target, batch, activations(sum(lengths), 260, torch.float32), config)
+
+
+def one_by_one(batch: Rows) -> Rows:
+    """The same rows, each a segment of its own."""
+    runs = [(entry, row, row + 1) for entry, start, stop in batch.segments for row in range(start, stop)]
+    return replace(batch, segments_G4=torch.tensor(segment_table(runs), dtype=torch.int32, device=DEVICE))
+
+
+def both_ways(made: World, target: Target, batch: Rows, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Deltas with the batch's segments, and with one for each row and the kernels of steps that have no others."""
+    x = activations(len(batch.entry_T), target.inputs, torch.float32)
+    _, several = run(made, target, batch, x, config)
+    _, single = run(made, target, one_by_one(batch), x, config, kinds=replace(made.kinds(), single=True))
+    assert several.delta_TN is not None
+    assert single.delta_TN is not None
+    return several.delta_TN, single.delta_TN
+
+
+LENGTHS = {"flat": (FLAT, 300, [2, 3, 7, 9]), "wide": (WIDE, 1301, [8, 2, 1]), "parts": (TWO, 4400, [3, 1, 2])}
+
+
+@pytest.mark.parametrize(("config", "inputs", "lengths"), LENGTHS.values(), ids=LENGTHS)
+def test_several_rows_are_what_each_is_alone(config: Config, inputs: int, lengths: list[int]) -> None:
+    """Bit for bit, in other products; beside rows of the base and of a variant without signs, an odd number of outputs
+    and tiles, and (parts) more columns than registers hold digits of."""
+    target = Target(1, 41, inputs)
+    made = world([Target(0, 16, 8), target], [{"signs": 1}] * len(lengths) + [{}], torch.float32)
+    entries = [entry for entry, n in enumerate([1, *lengths, 1]) for _ in range(n)]
+    batch = rows(entries, padding=1, spare_segments=2)
+    several, single = both_ways(made, target, batch, config)
+    for _, start, stop in batch.segments:
+        assert several[start:stop].isfinite().all()
+    assert torch.equal(several.isnan(), single.isnan()), "rows of the base are left alone"
+    assert torch.equal(several.nan_to_num(), single.nan_to_num())
+
+
+def test_several_rows_of_several_planes() -> None:
+    """With zero terms, column scales of members, and parts of columns: each adds to what is there."""
+    target = Target(0, 41, 4400, (0, 16, 32))
+    made = world([target], [{"signs": 1}, {"signs": 2, "col": True}, {"quant": 2}], torch.float32, seed=5)
+    batch = rows([0, 1, 1, 2, 2, 3, 3, 3], padding=1, spare_segments=1)
+    several, single = both_ways(made, target, batch, TWO)
+    for _, start, stop in batch.segments:
+        near(several[start:stop], single[start:stop].double(), 1e-6)
 
 
 def test_settings_do_not_change_a_bit() -> None:
@@ -221,9 +266,15 @@ def test_self_check_on_the_device() -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="breaks the interpreter's mma")
-def test_self_check_sees_wrong_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("mma", lambda a, b, c: mma(a[..., ::-1], b, c)), ("byte_mma", lambda a, *rest: byte_mma(a[..., ::-1], *rest))],
+)
+def test_self_check_sees_wrong_fragments(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., np.ndarray]
+) -> None:
     assert product_error(DEVICE, 4, 1, 4) <= TOLERANCE
-    monkeypatch.setattr("tests.kernels.b1.mma", lambda a, b, c: mma(a[..., ::-1], b, c))
+    monkeypatch.setattr(f"tests.kernels.b1.{name}", wrong)
     assert not product_error(DEVICE, 4, 1, 4) <= 1e-2
 
 
