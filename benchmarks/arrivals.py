@@ -136,7 +136,8 @@ def summary(timings: Sequence[Timing], seconds: float) -> dict[str, Any]:
     start, stop = RAMP * seconds, seconds
     gaps = [gap for t in timings for gap in t.gaps(start, stop)]
     begun = [t for t in timings if t.tokens and start <= t.tokens[0] <= stop]
-    produced = sum(start <= at <= stop for t in timings for at in t.tokens)
+    came = np.sort([at for t in timings for at in t.tokens])
+    produced = int(((came >= start) & (came <= stop)).sum())
     due = [t for t in timings if t.offered.at <= stop]
     return {
         "requests": len(due),
@@ -151,6 +152,7 @@ def summary(timings: Sequence[Timing], seconds: float) -> dict[str, Any]:
         **_percentiles("ttft_ms", [t.ttft for t in begun]),
         **_percentiles("itl_ms", gaps),
         "longest_gap_ms": round(1e3 * max(gaps, default=0.0), 2),
+        "tokens_by_half_second": np.histogram(came, np.arange(0.0, stop + 0.25, 0.5))[0].tolist(),
     }
 
 

@@ -44,6 +44,8 @@ STOP_S = 45.0
 GPU_CPUS = 4
 """Of a replica beside a GPU: as many threads bring the signs of one delta into order. Two deltas are loaded at a time,
 and where all their threads are more than there are cores, each operation waits for the slowest."""
+PAUSES = ("was compiled while serving", "captured a step")
+"""What a server's log says of steps that everybody waited for"""
 SYSTEMS = {"serve": "ray serve", "engine": "engine", "direct": "ray serve, direct streaming"}
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -239,8 +241,12 @@ def one_system(
             found = asyncio.run(over_http(url, base.name, first, 1.0))
             problems += [found["first_error"]] if found["failed"] else []
         print(f"{system}: up in {up_s:.1f} s, ready for the load after {time.perf_counter() - began:.1f} s", flush=True)
+        log = here / "server.log"
+        said = len(log.read_text())
         result = asyncio.run(over_http(url, base.name, load, arguments.seconds, until=arguments.seconds))
-    return {**result, "failed": result["failed"] + len(problems), "first_problems": problems, "up_s": round(up_s, 1)}
+        pauses = [line[:300] for line in log.read_text()[said:].splitlines() if any(p in line for p in PAUSES)]
+    known = {"first_problems": problems, "up_s": round(up_s, 1), "pauses": pauses}
+    return {**result, "failed": result["failed"] + len(problems), **known}
 
 
 def serve_options(config: EngineConfig) -> list[str]:

@@ -74,6 +74,10 @@ SERIES: Mapping[str, Spec] = {
     "delta_load_failures_total": Spec("counter", "Loads that failed."),
     "delta_evictions_total": Spec("counter", "Deltas that left the slab for others."),
     "engine_steps_total": Spec("counter", "Forward passes."),
+    "kernels_compiled_total": Spec(
+        "counter", "Kernels compiled: pauses of seconds, if not at the start."
+    ),
+    "kernel_compile_seconds_total": Spec("counter", "Time that compiling kernels took."),
     "request_success_total": Spec("counter", "Choices finished.", ("finished_reason",)),
     "request_failures_total": Spec("counter", "Requests that ended in an error.", ("code",)),
     "http_requests_total": Spec("counter", "HTTP requests answered.", ("route", "status")),
@@ -93,6 +97,8 @@ COUNTED: Mapping[str, str] = {
     "delta_load_failures_total": "delta_load_failures_total",
     "delta_evictions_total": "delta_evictions_total",
     "engine_steps_total": "steps_total",
+    "kernels_compiled_total": "kernels_compiled_total",
+    "kernel_compile_seconds_total": "kernel_compile_seconds_total",
 }
 """Counters that follow a field of EngineStats."""
 

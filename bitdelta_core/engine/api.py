@@ -125,3 +125,6 @@ class EngineStats:
     delta_load_failures_total: int = 0
     delta_evictions_total: int = 0
     steps_total: int = 0
+    kernels_compiled_total: int = 0
+    """Of this process, its start included. Each was a pause of seconds."""
+    kernel_compile_seconds_total: float = 0.0

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, TokenEvent
 from bitdelta_core.engine.choice import Choice
+from bitdelta_core.engine.compilations import compilations
 from bitdelta_core.engine.residency import Residency, Resident, State
 from bitdelta_core.engine.runner import Outcome, Pending, Runner, Task
 from bitdelta_core.engine.scheduler import Scheduler, Work
@@ -134,7 +135,7 @@ class EngineCore:
             job.deliver(error)
 
     def stats(self) -> EngineStats:
-        slab, blocks = self.residency.slab, self.scheduler.blocks
+        slab, blocks, compiled = self.residency.slab, self.scheduler.blocks, compilations()
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
@@ -154,6 +155,8 @@ class EngineCore:
             delta_load_failures_total=self.residency.failures,
             delta_evictions_total=self.residency.evictions,
             steps_total=self.scheduler.step,
+            kernels_compiled_total=compiled.kernels,
+            kernel_compile_seconds_total=compiled.seconds,
         )
 
     def check_integrity(self) -> None:

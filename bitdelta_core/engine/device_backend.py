@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.engine import compilations
 from bitdelta_core.engine.accelerator import Accelerator, Plain
 from bitdelta_core.engine.backend import Layout, Parts, weight_bytes
 from bitdelta_core.engine.config import EngineConfig
@@ -56,6 +57,8 @@ class DeviceBackend:
         self._weights = weights
         self._accelerator = accelerator
         self._dtype = weights.vectors_V.dtype
+        compilations.watch()
+        compilations.expect(True)
 
     def fixed_memory(self, config: EngineConfig) -> Fixed:
         limits = self._limits(config, config.max_model_len or self._model.context_len)
@@ -97,7 +100,8 @@ class DeviceBackend:
         runner = DeviceRunner(decoder, kv, accelerator, limits, sizes=config.graph_sizes, depth=depth)
         accelerator.synchronize()  # what was written so far was not written in the order of steps
         free = accelerator.free_bytes()
-        runner.warm_up([layout.kinds for layout in expected])
+        runner.warm_up([layout.kinds for layout in expected] if memory.slots else [])
+        compilations.expect(False)
         accelerator.synchronize()
         stages.ended("graphs")
         measured = max(0, free - accelerator.free_bytes())

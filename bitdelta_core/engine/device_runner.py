@@ -29,6 +29,11 @@ from kernels.device import SEGMENT_ROWS, StepRows, segment_table
 from kernels.sampling import sample
 from kernels.sampling.rows import SamplingRows
 
+PROMPTS = ((2**30, 1), (400, 40), (200, 20), (100, 1), (48, 1), (24, 1), (8, 1))
+"""Rows, and rows with logits, of one wide pass each: between these, products and heads are made of other kernels."""
+_VOID = 1
+"""An entry without a variant, while none has been loaded"""
+
 
 class PassDecoder(Protocol):
     """`models.device.decoder.DeviceDecoder`."""
@@ -147,32 +152,36 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_up(self, kinds: Sequence[StepKinds] = ()) -> None:
-        """The largest wide pass, then the graphs of the bare base and of variants with these kinds of deltas. All rows
-        are padding, which nobody reads."""
+        """The largest wide pass and those with which kernels change, then graphs: of the bare base and of variants with
+        these kinds of deltas. All rows are padding, which nobody reads."""
         with self._accelerator.in_steps():
-            self._warm_up_wide()
+            for known in dict.fromkeys((StepKinds(), *kinds)):
+                for rows, logits in PROMPTS:
+                    self._warm_up_wide(min(rows, self._limits.rows), logits, known)
             for buffers in self._narrow.values():
                 self._pad(buffers)
             self.graphs.capture_all(kinds)
 
-    def _warm_up_wide(self) -> None:
-        """One sequence, all of whose blocks are block 0, and one row with logits."""
+    def _warm_up_wide(self, rows: int, logits: int, kinds: StepKinds) -> None:
+        """One sequence, all of whose blocks are block 0. Its products look for the parts of an entry that has none yet;
+        all else is the base's, whose numbers are finite."""
         limits, host = self._limits, self._wide.begin()
-        count = min(limits.rows, limits.blocks * limits.block_size)
-        tiles = row_tiles([(0, 0, count)])
+        count, logits = min(rows, limits.blocks * limits.block_size), min(logits, limits.wide.logits)
+        segments = [(0 if kinds == StepKinds() else _VOID, 0, count)]
+        tiles = row_tiles(segments)
         host.tiles_I4[: len(tiles)] = tiles
         host.positions_T[:count] = range(count)
         host.context_lens_S[0] = count
         host.set_starts([0, count])
         self._wide.upload()
         step = WideStep(
-            rows=self._wide.narrowed(count, 1, 1, 1),
-            segments=[(0, 0, count)],
+            rows=self._wide.narrowed(count, 1, 1, logits),
+            segments=segments,
             tiles_I4=self._wide.tiles(len(tiles)),
             max_query=count,
         )
-        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, StepKinds())
-        self.sampler.sample_padding(logits_LV, SamplingRows(self._wide.sampling.fields_SF[:1]))
+        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, kinds)[:logits]
+        self.sampler.sample_padding(logits_LV, SamplingRows(self._wide.sampling.fields_SF[:logits]))
 
     @torch.inference_mode()
     def launch(self, tasks: Sequence[Task]) -> DeviceStep:

@@ -136,7 +136,7 @@ def _consume(
         gl.store(at, y, mask=(t[None, :] < stop) & (out_n[:, None] < N))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["row_tiles", "tiles"])
 def product_kernel(
     x_desc, w_desc, SLAB, TABLE, table_stride, TILES, OUT, out_stride, row_tiles, tiles, N,
     K: gl.constexpr, BT: gl.constexpr, STAGES: gl.constexpr,

@@ -80,7 +80,7 @@ def compact_unpack_kernel(
             tl.store(out, tl.where(n < outputs, y * step, 0.0), mask=n < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 def add_kept_kernel(SLAB, TABLE, OUT, first, last, base_outputs, K: tl.constexpr):
     """OUT[n - first] += D[n] for n in first .. last, a multiple of 16. TABLE points at the entry's own row."""
     tile, c = first // 16 + tl.program_id(0), tl.program_id(1)

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.delta_linear.triton_share import base_share, prefetch_base, prefetch_signs, sign_share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def flat_kernel(
     X, W, BASE, SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, DELTA,
     T, N, width, M1, M2,

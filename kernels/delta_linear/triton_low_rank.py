@@ -30,7 +30,7 @@ from kernels.delta_linear.triton_parts import LORA_A, LORA_B
 from kernels.device import DeviceDeltas, Target
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def shrink_kernel(
     X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T,
     K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
@@ -80,7 +80,7 @@ def add_expanded(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def expand_kernel(
     H, SLAB, TABLE, table_stride, SEGMENTS, OUT, out_stride, T, N, FIRST_1, FIRST_2, DTYPE: tl.constexpr,
     MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,

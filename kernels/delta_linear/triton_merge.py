@@ -43,7 +43,7 @@ def low_rank_tile(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 def merge_kernel(
     W, SLAB, TABLE, OUT, first, last, N, FIRST_1, FIRST_2, K: tl.constexpr, MEMBERS: tl.constexpr,
     PLANES: tl.constexpr, COLUMNS: tl.constexpr, DENSES: tl.constexpr, LOW_RANK: tl.constexpr,

@@ -69,7 +69,7 @@ def add_low_rank(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def product_kernel(
     X, x_stride, W, SLAB, TABLE, table_stride, TILES, H, OUT, out_stride, T, N, inputs, FIRST_1, FIRST_2,
     K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,

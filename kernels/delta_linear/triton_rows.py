@@ -21,7 +21,7 @@ BLOCKS = 32
 """Programs of one segment: few, as most variants replace few rows, and enough for those that replace many."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rows_kernel(
     X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, BASE, DELTA, T, N,
     K: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,

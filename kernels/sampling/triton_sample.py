@@ -50,7 +50,7 @@ from kernels.sampling.triton_common import (
 from kernels.sampling.triton_truncate import bracket
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def best_kernel(
     LOGITS, COUNTS, FIELDS, OUT, BEST, WHERE, SUM, HIST_COUNT, HIST_WEIGHT, STATE, LEVEL, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
@@ -124,7 +124,7 @@ def _end_best(
             tl.store(floats_of(OUT + 3 * rows), -logsum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def weigh_kernel(
     LOGITS, COUNTS, FIELDS, OUT, MASS, HIST_COUNT, HIST_WEIGHT, STATE, LEVEL, TICKETS,
     rows, stride, counts_stride, width, slice_stride,
@@ -161,7 +161,7 @@ def weigh_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def mass_kernel(
     LOGITS, COUNTS, FIELDS, OUT, MASS, STATE, LEVEL, TICKETS, rows, stride, counts_stride, width, slice_stride,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
@@ -223,7 +223,7 @@ def _draw(
     count_token(source, token, HAS_COUNTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rank_kernel(
     LOGITS, COUNTS, FIELDS, OUT, STATE, LEVEL, rows, stride, counts_stride, width,
     HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from bitdelta_core.engine.device_runner import DeviceRunner
+import pytest
+import torch
+
+from bitdelta_core.engine.device_runner import PROMPTS, DeviceRunner
+from bitdelta_core.models.device.kinds import StepKinds
+from bitdelta_core.models.device.passes import WideStep
+from kernels.device import Kinds
+from tests.unit.engine_device_fakes import device_runner
 from tests.unit.engine_fakes import World, answer
 
 A, B = ("0a", "0b")
@@ -83,3 +90,25 @@ def test_a_step_is_launched_before_the_last_one_is_over() -> None:
     assert len(world.core._launched) == 1
     world.run()
     assert world.tokens("r") == answer(None, PROMPT, 4)
+
+
+def test_a_start_computes_every_size_of_prompt_with_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that their kernels are there, and on padding, which nobody's KV or counts see."""
+    runner, tables, decoder, _ = device_runner(64, 16, 4, 500)
+    seen: list[tuple[int, int, StepKinds]] = []
+    prefill = decoder.prefill
+
+    def noting(step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor:
+        seen.append((step.rows.tokens_T.shape[0], step.rows.logit_rows_L.shape[0], kinds))
+        assert not step.rows.kv_slots_T.any()
+        assert not step.rows.entry_T.any()
+        assert {entry for entry, _, _ in step.segments} == {0 if kinds == StepKinds() else 1}
+        return prefill(step, sampled_S, kv, kinds)
+
+    monkeypatch.setattr(decoder, "prefill", noting)
+    monkeypatch.setattr(tables, "extents", {1: torch.zeros(64, dtype=torch.uint8)})
+    expected = StepKinds(Kinds(signs=True), Kinds(), Kinds(signs=True))
+    runner.warm_up([expected])
+    for kinds in (StepKinds(), expected):
+        sizes = [(rows, logits) for rows, logits, found in seen if found == kinds]
+        assert sizes == [(min(rows, 500), min(logits, 256)) for rows, logits in PROMPTS]
