@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,9 +25,12 @@ from bitdelta_core.models.device.decoder import DeviceDecoder
 from bitdelta_core.models.device.layout import DeviceLayout, widest_vocabulary
 from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.weights import Weights
+from kernels.compiling import together
 from kernels.delta_linear.self_check import self_check
 
 log = logging.getLogger(__name__)
+MOST_COMPILERS = 16
+"""Threads; each takes some hundred MB of host memory"""
 _NO_DECODER: Any = None
 """Of a runner that only counts its memory"""
 
@@ -100,7 +104,13 @@ class DeviceBackend:
         runner = DeviceRunner(decoder, kv, accelerator, limits, sizes=config.graph_sizes, depth=depth)
         accelerator.synchronize()  # what was written so far was not written in the order of steps
         free = accelerator.free_bytes()
-        runner.warm_up([layout.kinds for layout in expected] if memory.slots else [])
+        kinds = [layout.kinds for layout in expected] if memory.slots else []
+        if memory.device.type == "cuda":
+            with decoder.few_layers(), together(min(MOST_COMPILERS, os.cpu_count() or 1)):
+                runner.launch_each(kinds)
+            accelerator.synchronize()
+            stages.ended("kernels")
+        runner.warm_up(kinds)
         compilations.expect(False)
         accelerator.synchronize()
         stages.ended("graphs")

@@ -151,16 +151,27 @@ class DeviceRunner:
         return False
 
     @torch.inference_mode()
+    def launch_each(self, kinds: Sequence[StepKinds] = ()) -> None:
+        """What `warm_up` launches, once and without graphs: for `kernels.compiling.together`."""
+        with self._accelerator.in_steps():
+            self._launch_wide(kinds)
+            for shape in self.graphs.expected(kinds):
+                self._launch_decode(shape)
+
+    @torch.inference_mode()
     def warm_up(self, kinds: Sequence[StepKinds] = ()) -> None:
         """The largest wide pass and those with which kernels change, then graphs: of the bare base and of variants with
         these kinds of deltas. All rows are padding, which nobody reads."""
         with self._accelerator.in_steps():
-            for known in dict.fromkeys((StepKinds(), *kinds)):
-                for rows, logits in PROMPTS:
-                    self._warm_up_wide(min(rows, self._limits.rows), logits, known)
+            self._launch_wide(kinds)
             for buffers in self._narrow.values():
                 self._pad(buffers)
             self.graphs.capture_all(kinds)
+
+    def _launch_wide(self, kinds: Sequence[StepKinds]) -> None:
+        for known in dict.fromkeys((StepKinds(), *kinds)):
+            for rows, logits in PROMPTS:
+                self._warm_up_wide(min(rows, self._limits.rows), logits, known)
 
     def _warm_up_wide(self, rows: int, logits: int, kinds: StepKinds) -> None:
         """One sequence, all of whose blocks are block 0. Its products look for the parts of an entry that has none yet;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
@@ -82,16 +82,20 @@ class DecodeGraphs(Generic[Output]):
         seconds = time.monotonic() - began
         log.info("captured a step of %d rows in %.2f s: %s, %s", shape.rows, seconds, shape.kinds, shape.wants)
 
-    def capture_all(self, kinds: Sequence[StepKinds]) -> None:
+    def expected(self, kinds: Sequence[StepKinds]) -> Iterator[Shape]:
         """All sizes, of the bare base and of these, with and without several rows of one variant; the largest first:
-        the others find their memory in its pool."""
+        when they are captured, the others find their memory in its pool."""
         families = dict.fromkeys(self._family(k) for k in (BASE, *(single(k) for k in kinds), *kinds))
         for rows in sorted(self._captured_sizes, reverse=True):
             for family in families:
                 if rows == 1 and single(family) != family:
                     continue  # one row is never several
-                for wants in SAMPLING[:2]:
-                    self.capture(Shape(rows, family, wants))
+                yield from (Shape(rows, family, wants) for wants in SAMPLING[:2])
+
+    def capture_all(self, kinds: Sequence[StepKinds]) -> None:
+        """What is `expected`."""
+        for shape in self.expected(kinds):
+            self.capture(shape)
 
     def launch(self, shape: Shape) -> Output:
         """What `shape_for` gave."""

@@ -78,3 +78,13 @@ def test_working_memory_is_what_was_planned(tmp_path: Path) -> None:
         decoder.decode(StepBuffers(StepSize.decode(rows, 4), DEVICE).rows, sampled, kv, rig.tables.kinds)
     with pytest.raises(AssertionError, match="planned for less"):
         decoder.decode(StepBuffers(StepSize.decode(64, 4), DEVICE).rows, sampled, kv, rig.tables.kinds)
+
+
+def test_few_layers_keep_one_of_each_kind(tmp_path: Path) -> None:
+    """What compiles for these has compiled for all: the first adds nothing to its residual, and windows differ."""
+    many = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "num_hidden_layers": 5}
+    decoder = Rig(make_base(tmp_path / "base", "qwen2", **SMALL | many)).decoder
+    every = list(decoder._layers)
+    with decoder.few_layers():
+        assert decoder._layers == [every[0], every[1], every[2]]
+    assert decoder._layers == every

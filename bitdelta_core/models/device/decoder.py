@@ -10,6 +10,8 @@ Not covered: architectures that `supports` names; tensor parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -102,6 +104,17 @@ class DeviceDecoder:
         c, device = self.config, self._shapes.device
         self.work = torch.empty(self._peak(decode_rows, wide_rows), dtype=torch.uint8, device=device)
         self._workspace = attention.Workspace.empty(decode_rows, c.num_heads, c.num_kv_heads, c.head_dim, device)
+
+    @contextmanager
+    def few_layers(self) -> Iterator[None]:
+        """Inside, passes go through layers that launch what no other does, and leave out the rest. For compiling."""
+        every = self._layers
+        by_window = {layer.window: layer for layer in reversed(every[1:])}
+        self._layers = [*every[:1], *by_window.values()]
+        try:
+            yield
+        finally:
+            self._layers = every
 
     @torch.inference_mode()
     def decode(self, rows: StepRows, sampled_S: torch.Tensor, kv: DeviceKVCache, kinds: StepKinds) -> torch.Tensor:
