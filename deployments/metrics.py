@@ -74,9 +74,7 @@ SERIES: Mapping[str, Spec] = {
     "delta_load_failures_total": Spec("counter", "Loads that failed."),
     "delta_evictions_total": Spec("counter", "Deltas that left the slab for others."),
     "engine_steps_total": Spec("counter", "Forward passes."),
-    "kernels_compiled_total": Spec(
-        "counter", "Kernels compiled: pauses of seconds, if not at the start."
-    ),
+    "kernels_compiled_total": Spec("counter", "Kernels compiled: pauses of seconds, if not at the start."),
     "kernel_compile_seconds_total": Spec("counter", "Time that compiling kernels took."),
     "request_success_total": Spec("counter", "Choices finished.", ("finished_reason",)),
     "request_failures_total": Spec("counter", "Requests that ended in an error.", ("code",)),

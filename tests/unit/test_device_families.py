@@ -86,5 +86,5 @@ def test_few_layers_keep_one_of_each_kind(tmp_path: Path) -> None:
     decoder = Rig(make_base(tmp_path / "base", "qwen2", **SMALL | many)).decoder
     every = list(decoder._layers)
     with decoder.few_layers():
-        assert decoder._layers == [every[0], every[1], every[2]]
-    assert decoder._layers == every
+        assert [id(layer) for layer in decoder._layers] == [id(layer) for layer in every[:3]]
+    assert [id(layer) for layer in decoder._layers] == [id(layer) for layer in every]

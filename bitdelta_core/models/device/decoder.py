@@ -110,7 +110,7 @@ class DeviceDecoder:
         """Inside, passes go through layers that launch what no other does, and leave out the rest. For compiling."""
         every = self._layers
         by_window = {layer.window: layer for layer in reversed(every[1:])}
-        self._layers = [*every[:1], *by_window.values()]
+        self._layers = [*every[:1], *reversed(by_window.values())]
         try:
             yield
         finally:
