@@ -6,7 +6,7 @@ The face of `models.variant.VariantLayout`; in place of views it gives the varia
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from bitdelta_core.models.device.kinds import StepKinds, union
 from bitdelta_core.models.device.parts import Part
 from bitdelta_core.models.device.targets import misfit, targets_of
 from bitdelta_core.models.forms import Region
-from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
+from bitdelta_core.models.parameters import EMBED, HEAD, NO_PARAMETERS, Parameters
 from bitdelta_core.models.variant import (
     Arena,
     BaseWeights,
@@ -115,6 +115,10 @@ class DeviceLayout:
             part.fill(reader, buffer, base.linear_weight)
         if self.vectors is not None:
             fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
+
+    def for_use(self) -> DeviceLayout:
+        """Without what only `fill` needs."""
+        return replace(self, parts=(), vector_entries=(), _parameters=NO_PARAMETERS)
 
     def row(self, extent_start: int) -> torch.Tensor:
         """int32 [J, FIELDS]: the variant's table row once its bytes are at `extent_start` (bytes) in the slab."""
