@@ -43,15 +43,7 @@ class LoaderProcess:
         """By key: what it has mapped"""
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],
-                env=_environment(setup.threads),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C is for the engine, which ends it
-            )
+            self._process = _launch(theirs, setup.threads)
         self.pid = self._process.pid
         assert self._process.stdout is not None
         threading.Thread(target=_log_lines, args=(self._process.stdout,), name="delta-load-log", daemon=True).start()
@@ -178,6 +170,18 @@ class LoaderProcesses:
             log.warning("a loader process has ended (%s) and is started again", died)
             self._processes[index] = LoaderProcess(self._setup)
             self.restarts += 1
+
+
+def _launch(theirs: socket.socket, threads: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],
+        env=_environment(threads),
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a Ctrl-C is for the engine, which ends it
+    )
 
 
 def _environment(threads: int) -> dict[str, str]:
