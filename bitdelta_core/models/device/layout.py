@@ -90,16 +90,17 @@ class DeviceLayout:
         config = variant_config(delta, base_config)
         _check_growth(config, base_config, delta.tensors)
         parameters, targets = Parameters.of(config), targets_of(base_config)
-        arena, table_JF = Arena(), empty_rows(len(targets))
+        arena, rows_JF = Arena(), empty_rows(len(targets)).tolist()
         linears, vectors = split_entries(delta.tensors, parameters)
         planned: dict[str, list[Part]] = {}
         for name, members in linears.items():
             outputs, layer = _outputs(name, targets[name], config), name not in ("embed", "head")
             found = list(parts.plan(targets[name], outputs, members, dtype, arena.take, compact=layer))
             for field, value in (item for part in found for item in part.fields.items()):
-                table_JF[targets[name].index, field] = value
+                rows_JF[targets[name].index][field] = value
             planned[name] = found
         block = arena.take((parameters.vector_elements,), dtype) if vectors else None
+        table_JF = torch.tensor(rows_JF, dtype=torch.int32)
         _finish_tables(table_JF, targets, config, base_config)
         kinds = _kinds(planned, config)
         planned_parts = tuple(part for found in planned.values() for part in found)
