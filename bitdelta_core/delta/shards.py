@@ -156,7 +156,7 @@ def _extent(fields: Any, start: int) -> Extent | str:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all([type(v) is int and 0 <= v < 2**63 for v in value])
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
 def _tiling_problem(extents: Mapping[str, Extent], start: int, size: int) -> str | None:

@@ -91,6 +91,12 @@ class HostBuffers:
             self._expected.add(size)
         threading.Thread(target=self._make_ahead, args=(size,), name="delta-buffers", daemon=True).start()
 
+    def close(self) -> None:
+        """Free what is kept, and what is given back from now on."""
+        with self._lock:
+            self._keep = 0
+            self._kept.clear()
+
     def _make_ahead(self, size: int) -> None:
         try:
             for _ in range(self._keep):

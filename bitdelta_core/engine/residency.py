@@ -223,6 +223,8 @@ class Residency:
             self._loader.close()
         self._fetchers.close()
         self._loaders.close()
+        self._hosts.close()
+        self._host_cache.clear()
 
     def _is_idle(self, entry: Resident) -> bool:
         """Whether an unwanted entry is worth nothing: it waits for a place, or its quarantine is over."""

@@ -325,7 +325,12 @@ def test_buffers_are_made_ahead_and_pinned(place: Place) -> None:
     del taken, buffer
     gc.collect()
     assert unpinned == [SMALLEST], "the fourth is not kept"
-    del hosts
+    lent = hosts.take(10)
+    hosts.close()
+    gc.collect()
+    assert len(unpinned) == len(pinned) - 1, "one is lent"
+    hosts.give_back(lent)
+    del lent
     gc.collect()
     assert sorted(unpinned) == sorted(pinned)
     processes.close()
