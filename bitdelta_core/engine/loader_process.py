@@ -9,10 +9,12 @@ of a delta: any process can fill what another has opened.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pickle
 import socket
 import sys
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -136,6 +138,8 @@ def serve(sock: socket.socket) -> None:
 
 def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    with suppress(ImportError):  # without Triton nobody asks for it; otherwise the first load need not wait for it
+        importlib.import_module("bitdelta_core.models.device.layout")
     try:
         serve(socket.socket(fileno=int(sys.argv[1])))
     except (EOFError, ConnectionError):

@@ -103,6 +103,8 @@ class LoaderProcess:
             raise EOFError
         answer: Answer = received.value
         assert answer.number == number, "an answer to another request"
+        if answer.error is not None and buffer is not None and buffer.is_new:
+            del self._known[buffer.key]  # it may not have mapped it
         return answer
 
 

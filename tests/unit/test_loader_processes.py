@@ -223,6 +223,24 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(place: Place, monkeyp
 
 
 @pytest.mark.usefixtures("threaded")
+def test_a_buffer_that_could_not_be_mapped_is_sent_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, memory = LoaderProcesses(place.setup(), 1), SharedMemory(SMALLEST)
+
+    def full(fd: int, nbytes: int) -> torch.Tensor:
+        raise OSError("no room in the address space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bitdelta_core.engine.loader_process.mapped", full)
+        with pytest.raises(OSError, match="no room"):
+            processes.call("touch", memory=memory)
+    memory.bytes_.fill_(7)
+    processes.call("touch", memory=memory)
+    assert (memory.bytes_ == 0).all()
+    assert processes.restarts == 0
+    processes.close()
+
+
+@pytest.mark.usefixtures("threaded")
 def test_closing_ends_whoever_waits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, gate, errors = threading.Event(), threading.Event(), []
 
