@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gpu_timing
 import synthetic
@@ -19,6 +19,7 @@ from watch import Watch, process_age
 
 from bitdelta_core import Engine, EngineConfig, SamplingParams
 from bitdelta_core.delta.format import open_delta
+from bitdelta_core.engine.config import LoaderName
 from bitdelta_core.engine.sources import DeltaSource
 from bitdelta_core.models.variant import VariantLayout
 
@@ -52,6 +53,7 @@ def engine_parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--max-num-seqs", type=int, default=64)
     made.add_argument("--max-model-len", type=int, default=None, help="None: the model's own, at most 4096")
     made.add_argument("--slab-gb", type=float, default=None, help=f"None: room for the variants and {SPARE} more")
+    made.add_argument("--loader", choices=get_args(LoaderName), default="auto")
     made.add_argument("--kv-gb", type=float, default=None, help="None: what is left")
     made.add_argument("--graph-sizes", type=int, nargs="+", default=None, help="None: the engine's own")
     return made
@@ -121,6 +123,7 @@ def engine_config(arguments: argparse.Namespace, delta: Path, variants: int, *, 
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len or min(4096, synthetic.SHAPES[arguments.shape].context),
         slab_bytes=slab,
+        loader=arguments.loader,
         kv_cache_bytes=None if arguments.kv_gb is None else int(arguments.kv_gb * 1e9),
         cuda_graph_sizes=None if arguments.graph_sizes is None else tuple(arguments.graph_sizes),
         cuda_graph_deltas=(str(delta),),

@@ -252,7 +252,7 @@ def one_system(
 def serve_options(config: EngineConfig) -> list[str]:
     """The engine's configuration as flags."""
     options = ["--max-num-seqs", str(config.max_num_seqs), "--max-model-len", str(config.max_model_len)]
-    options += ["--slab-bytes", str(config.slab_bytes)]
+    options += ["--slab-bytes", str(config.slab_bytes), "--loader", config.loader]
     options += [part for path in config.cuda_graph_deltas for part in ("--cuda-graph-deltas", path)]
     if config.kv_cache_bytes is not None:
         options += ["--kv-cache-bytes", str(config.kv_cache_bytes)]

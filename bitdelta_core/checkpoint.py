@@ -131,7 +131,7 @@ class Checkpoint:
         Hex sha256 of the lines `name dtype shape sha256(bytes)`, in name order. Computed once per set of files (sizes
         and modification times) and remembered in the user's cache directory.
         """
-        cache = _hash_cache_file(self._fingerprint())
+        cache = _hash_cache_file(self.fingerprint())
         if cache.is_file():
             return cache.read_text().strip()
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -147,7 +147,8 @@ class Checkpoint:
         self.release()
         return line
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """Of the files as they are now: another where one was replaced or written to."""
         parts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._weight_files()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -93,6 +93,7 @@ class AppConfig(BaseSettings):
     slab_bytes: ByteSize | None = None
     max_resident_variants: int | None = Field(default=None, ge=1)
     host_cache_bytes: ByteSize | None = None
+    loader: Literal["auto", "thread", "process"] | None = None
     kv_cache_bytes: ByteSize | None = None
     seed: int | None = None
 
@@ -152,7 +153,7 @@ class AppConfig(BaseSettings):
         names = (
             "device dtype decoder enforce_eager cuda_graph_sizes async_scheduling gpu_memory_utilization max_model_len "
             "max_num_seqs max_num_batched_tokens block_size slab_bytes max_resident_variants host_cache_bytes "
-            "kv_cache_bytes seed"
+            "loader kv_cache_bytes seed"
         )
         given = {name: getattr(self, name) for name in names.split()}
         given |= {"cuda_graph_deltas": tuple(map(str, self.cuda_graph_deltas))}

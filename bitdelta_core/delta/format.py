@@ -32,10 +32,27 @@ Shapes = Mapping[str, tuple[int, ...]]
 class DeltaReader:
     """An opened, validated delta. Parts are memory-mapped: opening costs no memory, and they must not be written to."""
 
-    def __init__(self, path: Path, config: DeltaConfig, extents: Mapping[str, tuple[str, Extent]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: DeltaConfig,
+        extents: Mapping[str, tuple[str, Extent]],
+        *,
+        places: Mapping[str, Path] | None = None,
+    ) -> None:
+        """`places`: where weight files are now, those that are not in `path` any more."""
         self.path = path
         self.config = config
         self._extents = extents
+        self._places = places or {}
+
+    def at(self, places: Mapping[str, Path]) -> DeltaReader:
+        """The same with weight files elsewhere. Nothing of it is mapped yet."""
+        return DeltaReader(self.path, self.config, self._extents, places=places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is mapped stays here."""
+        return {name: value for name, value in vars(self).items() if name != "_handles"}
 
     def part(self, entry: TensorEntry, part: str) -> torch.Tensor:
         """One part of an entry, of the dtype and shape that `entry.parts()` says."""
@@ -79,7 +96,7 @@ class DeltaReader:
     def _handle(self, file: str) -> Any:
         if file not in self._handles:
             try:
-                self._handles[file] = safe_open(self.path / file, framework="pt")
+                self._handles[file] = safe_open(self._places.get(file, self.path / file), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise DeltaFormatError(f"{file}: {error}", delta=str(self.path)) from error
         return self._handles[file]

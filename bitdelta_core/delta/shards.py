@@ -27,6 +27,7 @@ DTYPES = {
     "F32": torch.float32,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -137,7 +138,7 @@ def read_header(file: Path, *, delta: str | None = None) -> dict[str, Extent]:
 
 def _extent(fields: Any, start: int) -> Extent | str:
     """The extent that a header's fields describe, or what is wrong with them."""
-    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         return "expected exactly dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:

@@ -6,16 +6,22 @@ this runs, and is tested, where there is no GPU. What only a GPU can show is in 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from itertools import cycle
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 PIECE = 8 * 2**20
 """Bytes of one copy to the slab. Two are under way at most: what a step copies waits 0.4 ms behind them at 40 GB/s."""
+PINNED_AT_ONCE = 8 * PIECE
+"""Bytes of host memory: pinning holds the driver, and what a step launches waits for it. Whole pieces, because no copy
+may cross from one pinned range into the next."""
 WARM_UPS = 2
 """Runs before a capture: kernels are compiled and loaded, libraries take their workspaces."""
 
@@ -41,6 +47,11 @@ class Accelerator(Protocol):
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes]: copies between it and the device need not be waited for."""
+        ...
+
+    def pin(self, host: torch.Tensor) -> Callable[[], None]:
+        """Make other host memory, whole pages of uint8, as good as a `host_buffer`. Returns what undoes it, which has
+        to be called before the memory goes. Any thread."""
         ...
 
     def fill(self, extent: torch.Tensor, host: torch.Tensor) -> None:
@@ -88,6 +99,9 @@ class Plain:
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def pin(self, host: torch.Tensor) -> Callable[[], None]:
+        return lambda: None
+
     def fill(self, extent: torch.Tensor, host: torch.Tensor) -> None:
         extent.copy_(host)
 
@@ -132,25 +146,45 @@ class Cuda:
         self._steps = torch.cuda.Stream(self.device, priority=-1)
         self._copies = torch.cuda.Stream(self.device, priority=0)
         self._copying = threading.Lock()
+        self._copied = [torch.cuda.Event(blocking=True) for _ in range(2)]
+        """Reached at first, and when the last piece recorded with it has arrived."""
         with torch.cuda.device(self.device):
             self._pool = torch.cuda.graph_pool_handle()
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
+    def pin(self, host: torch.Tensor) -> Callable[[], None]:
+        """Where the driver refuses, copies are slower, and a warning says so."""
+        runtime: Any = torch.cuda.cudart()
+        pinned: list[torch.Tensor] = []
+
+        def undo() -> None:
+            with torch.cuda.device(self.device):
+                for piece in pinned:
+                    runtime.cudaHostUnregister(piece.data_ptr())
+            pinned.clear()
+
+        with torch.cuda.device(self.device):
+            for piece in host.split(PINNED_AT_ONCE):
+                code = int(runtime.cudaHostRegister(piece.data_ptr(), piece.numel(), 0))
+                if code:
+                    log.warning("%d bytes of host memory cannot be pinned: cudaHostRegister: %d", host.numel(), code)
+                    undo()
+                    break
+                pinned.append(piece)
+        return undo
+
     def fill(self, extent: torch.Tensor, host: torch.Tensor) -> None:
-        """One delta at a time, in pieces; the next piece is queued when the last but one has arrived."""
-        before: torch.cuda.Event | None = None
+        """One delta at a time, in pieces; the next is queued when the last but one has arrived."""
         with self._copying, torch.cuda.stream(self._copies):
-            for to, piece in zip(extent.split(PIECE), host.split(PIECE), strict=True):
+            pieces = zip(extent.split(PIECE), host.split(PIECE), strict=True)
+            for (to, piece), copied in zip(pieces, cycle(self._copied), strict=False):
+                copied.synchronize()
                 to.copy_(piece, non_blocking=True)
-                copied = torch.cuda.Event(blocking=True)
                 copied.record(self._copies)
-                if before is not None:
-                    before.synchronize()
-                before = copied
-            if before is not None:
-                before.synchronize()
+            for copied in self._copied:
+                copied.synchronize()
 
     def in_steps(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._steps)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 
-from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.engine.accelerator import Accelerator
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.memory import Fixed, MemoryPlan
@@ -20,25 +19,11 @@ from bitdelta_core.engine.slab import Slab
 from bitdelta_core.engine.startup import Stages
 from bitdelta_core.engine.torch_runner import TorchRunner
 from bitdelta_core.errors import InvalidRequest
-from bitdelta_core.models import forms
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.decoder import Decoder, kv_bytes_per_block
-from bitdelta_core.models.variant import BaseWeights, VariantLayout
 from bitdelta_core.models.weights import Weights
 
 log = logging.getLogger(__name__)
-
-
-class Layout(Protocol):
-    """Where everything of a variant lies in its extent: `VariantLayout` or `DeviceLayout`."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +43,6 @@ class Backend(Protocol):
 
     def fixed_memory(self, config: EngineConfig) -> Fixed:
         """What it takes beside slab and KV cache."""
-        ...
-
-    def layout(self, delta: DeltaConfig) -> Layout:
-        """Plan a variant. Raises DeltaFormatError."""
         ...
 
     def weights(self, layout: Any, extent: torch.Tensor) -> Any:
@@ -92,9 +73,6 @@ class TorchBackend:
             base_bytes=weight_bytes(self._decoder.weights),
             work_bytes=activations + sampling if config.torch_device.type == "cuda" else 0,
         )
-
-    def layout(self, delta: DeltaConfig) -> Layout:
-        return VariantLayout.plan(delta, self._decoder.config, self._decoder.dtype, self._decoder.device)
 
     def weights(self, layout: Any, extent: torch.Tensor) -> Any:
         return layout.view(extent)

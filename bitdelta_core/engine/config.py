@@ -7,11 +7,13 @@ from typing import Literal, get_args
 
 import torch
 
+from bitdelta_core.engine import shared_memory
 from bitdelta_core.errors import InvalidRequest
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DecoderName = Literal["auto", "device", "torch"]
+LoaderName = Literal["auto", "thread", "process"]
 _AT_LEAST_ONE = (
     "block_size",
     "max_num_seqs",
@@ -72,6 +74,9 @@ class EngineConfig:
     """Deltas fetched from the source at the same time."""
     load_threads: int = 2
     """Deltas read into host buffers at the same time; bounds the host memory that loading takes."""
+    loader: LoaderName = "auto"
+    """Who reads deltas into host buffers. process: as many processes as load_threads (Linux), so that running steps
+    have the interpreter for themselves; thread: threads of this process. auto: the first on a GPU, else the second."""
     delta_retry_s: float = 30.0
     """How long a delta that failed to load is refused before it is tried again."""
     slab_patience_s: float = 2.0
@@ -102,6 +107,10 @@ class EngineConfig:
             raise InvalidRequest("cuda_graph_sizes must be at least 1", param="cuda_graph_sizes")
         if self.decoder not in get_args(DecoderName):
             raise InvalidRequest(f"decoder must be auto, device or torch, got {self.decoder}", param="decoder")
+        if self.loader not in get_args(LoaderName):
+            raise InvalidRequest(f"loader must be auto, thread or process, got {self.loader}", param="loader")
+        if self.loader == "process" and not shared_memory.available():
+            raise InvalidRequest("loader=process: this system has no memfd_create", param="loader")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype}", param="dtype")
 
@@ -110,6 +119,12 @@ class EngineConfig:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+    @property
+    def loads_in_processes(self) -> bool:
+        if self.loader == "auto":
+            return self.torch_device.type == "cuda" and shared_memory.available()
+        return self.loader == "process"
 
     @property
     def graph_sizes(self) -> tuple[int, ...] | None:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.engine import compilations
 from bitdelta_core.engine.accelerator import Accelerator, Plain
-from bitdelta_core.engine.backend import Layout, Parts, weight_bytes
+from bitdelta_core.engine.backend import Parts, weight_bytes
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.device_runner import DeviceRunner, Limits
 from bitdelta_core.engine.memory import GRAPH_RESERVE, GRAPHS_RESERVE, Fixed, MemoryPlan
@@ -77,9 +76,6 @@ class DeviceBackend:
             work_bytes=work + runner.nbytes,
             graph_bytes=_graph_reserve(len(runner.graphs.sizes), config),
         )
-
-    def layout(self, delta: DeltaConfig) -> Layout:
-        return DeviceLayout.plan(delta, self._model, self._dtype)
 
     def weights(self, layout: Any, extent: torch.Tensor) -> Any:
         """The layout itself: kernels find the bytes through the tables."""

@@ -51,11 +51,15 @@ class Engine:
         """
         self.config = config or EngineConfig()
         self._base = call_in_passing_thread(partial(LoadedBase, Path(model_path), self.config, delta_source))
-        self._thread = EngineThread(
-            lambda wake: call_in_passing_thread(partial(build_core, self._base, self.config, wake)),
-            capacity=self.config.max_num_seqs + self.config.max_waiting,
-            seed=self.config.seed,
-        )
+        try:
+            self._thread = EngineThread(
+                lambda wake: call_in_passing_thread(partial(build_core, self._base, self.config, wake)),
+                capacity=self.config.max_num_seqs + self.config.max_waiting,
+                seed=self.config.seed,
+            )
+        except BaseException:
+            self._base.loader.close()
+            raise
         log.info("engine on %s, %s\n%s", model_path, self._base.stages.line(), self.memory.table())
 
     @property

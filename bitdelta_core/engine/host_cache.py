@@ -30,6 +30,10 @@ class HostCache:
     def pop(self, delta: str) -> tuple[Any, HostBuffer] | None:
         return self._kept.pop(delta, None)
 
+    def clear(self) -> None:
+        while self._kept:
+            self._buffers.give_back(self._kept.popitem()[1][1])
+
     @property
     def _used(self) -> int:
         return sum(host.nbytes for _, host in self._kept.values())

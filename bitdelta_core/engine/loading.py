@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta.format import DeltaReader, open_delta
+from bitdelta_core.delta.format import open_delta
 from bitdelta_core.engine import backend as backends
 from bitdelta_core.engine.accelerator import accelerator_of
-from bitdelta_core.engine.backend import Backend, Layout, TorchBackend
+from bitdelta_core.engine.backend import Backend, TorchBackend
 from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.core import EngineCore
+from bitdelta_core.engine.delta_loader import DeltaLoader, LoadableDelta, ProcessLoader, ThreadLoader
+from bitdelta_core.engine.host_buffers import HostBuffer
+from bitdelta_core.engine.layouts import Layout, LayoutRule
+from bitdelta_core.engine.loader_processes import LoaderProcesses
+from bitdelta_core.engine.loader_wire import Setup
 from bitdelta_core.engine.memory import plan_memory
 from bitdelta_core.engine.residency import Residency
 from bitdelta_core.engine.scheduler import Scheduler
@@ -51,6 +57,10 @@ class LoadedBase:
         self.memory = plan_memory(config, self.backend.fixed_memory(config), decoder=self.backend.name)
         self.max_model_len = min(config.max_model_len or self.memory.kv_tokens, self.memory.kv_tokens)
         self.stages.ended("memory plan")
+        decoder = "device" if on_device else "torch"
+        device = config.torch_device.type
+        self.rule = LayoutRule(decoder=decoder, model=self.model, dtype=config.torch_dtype, device=device)
+        self.loader = self._loader(checkpoint, config)
 
     def context_len(self, config_overrides: Mapping[str, Any]) -> int:
         """Longest sequence that a variant with these overrides of config.json may have here."""
@@ -59,14 +69,27 @@ class LoadedBase:
     def open(self, delta: str) -> OpenedVariant:
         """Fetch, validate and plan one delta. Blocks; runs in a loader thread."""
         with self.files.held(delta) as path:
-            reader = self.read(path)
-            reader.map_files()
-        layout = self.backend.layout(reader.config)
-        return OpenedVariant(reader, layout, self, _variant(layout.config, self.vocabularies, delta))
+            loadable = self.loader.open(path)
+        return OpenedVariant(loadable, self, _variant(loadable.layout.config, self.vocabularies, delta))
 
-    def read(self, path: Path) -> DeltaReader:
-        """A delta of this base; its header is valid."""
-        return open_delta(path, expected_base_sha256=self.sha256, base_shapes=self.shapes)
+    def plan(self, path: Path) -> Layout:
+        """Of a delta of this base."""
+        reader = open_delta(path, expected_base_sha256=self.sha256, base_shapes=self.shapes)
+        return self.rule.plan(reader.config)
+
+    def _loader(self, checkpoint: Checkpoint, config: EngineConfig) -> DeltaLoader:
+        if not config.loads_in_processes:
+            return ThreadLoader(self.rule, self.sha256, self.shapes, self.weights)
+        cores = len(os.sched_getaffinity(0))
+        setup = Setup(
+            base=str(checkpoint.path.resolve()),
+            base_fingerprint=checkpoint.fingerprint(),
+            base_sha256=self.sha256,
+            base_shapes=self.shapes,
+            rule=self.rule,
+            threads=max(1, min(torch.get_num_threads(), cores // config.load_threads)),
+        )
+        return ProcessLoader(LoaderProcesses(setup, config.load_threads))
 
     def _backend(self, on_device: bool, why: str) -> Backend:
         if not on_device:
@@ -79,26 +102,39 @@ class LoadedBase:
 class OpenedVariant:
     """A delta that is here and valid: what it needs in the slab, and how its requests are read and written."""
 
-    def __init__(self, reader: DeltaReader, layout: Layout, base: LoadedBase, variant: Variant) -> None:
-        self._reader = reader
-        self._layout = layout
-        self._base = base
-        self.nbytes = layout.nbytes
+    def __init__(self, loadable: LoadableDelta, base: LoadedBase, variant: Variant) -> None:
+        self._loadable = loadable
+        self._backend = base.backend
+        self.nbytes = loadable.layout.nbytes
         self.variant = variant
 
-    def fill(self, host: torch.Tensor) -> None:
-        self._layout.fill(self._reader, host, self._base.weights)
+    def fill(self, host: HostBuffer) -> None:
+        self._loadable.fill(host)
 
     def view(self, extent: torch.Tensor) -> Any:
-        return self._base.backend.weights(self._layout, extent)
+        return self._backend.weights(self._loadable.layout, extent)
 
 
 def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None]) -> EngineCore:
     """Take the memory and wire the parts."""
-    expected = [base.backend.layout(base.read(Path(path)).config) for path in config.cuda_graph_deltas]
+    expected = [base.plan(Path(path)) for path in config.cuda_graph_deltas]
     parts = base.backend.build(config, base.memory, base.max_model_len, expected, base.stages)
     base.memory = memory = parts.memory
     blocks = BlockManager(memory.num_kv_blocks, memory.block_size, prefix_caching=config.enable_prefix_caching)
+    residency = Residency(
+        parts.slab,
+        base.open,
+        wake,
+        accelerator=base.accelerator,
+        tables=parts.tables,
+        loader=base.loader,
+        fetch_threads=config.fetch_threads,
+        load_threads=config.load_threads,
+        host_cache_bytes=config.host_cache_bytes,
+        retry_s=config.delta_retry_s,
+    )
+    for layout in expected:
+        residency.expect(layout.nbytes)
     return EngineCore(
         base.variant,
         parts.runner,
@@ -108,17 +144,7 @@ def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None])
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_variants_per_step=config.max_variants_per_step,
         ),
-        Residency(
-            parts.slab,
-            base.open,
-            wake,
-            accelerator=base.accelerator,
-            tables=parts.tables,
-            fetch_threads=config.fetch_threads,
-            load_threads=config.load_threads,
-            host_cache_bytes=config.host_cache_bytes,
-            retry_s=config.delta_retry_s,
-        ),
+        residency,
         max_model_len=base.max_model_len,
         slab_patience_s=config.slab_patience_s,
     )

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from bitdelta_core.engine.accelerator import Accelerator
+from bitdelta_core.engine.delta_loader import DeltaLoader
 from bitdelta_core.engine.host_buffers import HostBuffer, HostBuffers
 from bitdelta_core.engine.host_cache import HostCache
 from bitdelta_core.engine.loader_pool import LoaderPool
@@ -55,8 +56,8 @@ class OpenedDelta(Protocol):
     """Of its extent in the slab."""
     variant: Variant
 
-    def fill(self, host: torch.Tensor) -> None:
-        """Write the extent's bytes into a uint8 host buffer of `nbytes`."""
+    def fill(self, host: HostBuffer) -> None:
+        """Write the extent's bytes into a buffer of `nbytes`. Once."""
         ...
 
     def view(self, extent: torch.Tensor) -> Any:
@@ -106,11 +107,13 @@ class Residency:
         *,
         accelerator: Accelerator,
         tables: Tables | None = None,
+        loader: DeltaLoader | None = None,
         fetch_threads: int,
         load_threads: int,
         host_cache_bytes: int,
         retry_s: float,
     ) -> None:
+        """`loader`: what `open_delta` uses; closed with this."""
         self.slab = slab
         self.loads = self.failures = self.evictions = 0
         self._open = open_delta
@@ -119,7 +122,9 @@ class Residency:
         self._accelerator = accelerator
         self._tables = tables
         self._max_hosts = load_threads
-        self._hosts = HostBuffers(accelerator, keep=load_threads)
+        self._loader = loader
+        make_memory = None if loader is None else loader.make_memory
+        self._hosts = HostBuffers(accelerator, keep=load_threads, make_memory=make_memory)
         self._fetchers = LoaderPool("delta-fetch", fetch_threads)
         self._loaders = LoaderPool("delta-load", load_threads)
         self._done: queue.SimpleQueue[tuple[Resident, Any, float]] = queue.SimpleQueue()
@@ -209,9 +214,17 @@ class Residency:
             assert entry.opened is not None
             self._start(entry, State.LOADING, self._loaders, partial(self._fill, entry.opened))
 
+    def expect(self, nbytes: int) -> None:
+        """Deltas of about that size will come."""
+        self._hosts.expect(nbytes)
+
     def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
         self._fetchers.close()
         self._loaders.close()
+        self._hosts.close()
+        self._host_cache.clear()
 
     def _is_idle(self, entry: Resident) -> bool:
         """Whether an unwanted entry is worth nothing: it waits for a place, or its quarantine is over."""
@@ -281,7 +294,7 @@ class Residency:
     def _fill(self, opened: OpenedDelta) -> HostBuffer:
         host = self._hosts.take(opened.nbytes)
         try:
-            opened.fill(host.bytes_)
+            opened.fill(host)
         except BaseException:
             self._hosts.give_back(host)
             raise

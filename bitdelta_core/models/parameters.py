@@ -54,6 +54,9 @@ class Parameters:
         return cls(linears, vectors)
 
 
+NO_PARAMETERS = Parameters({}, {})
+
+
 @dataclass(frozen=True, slots=True)
 class LayerVectors:
     """Where one layer's vectors lie in the block; None: the architecture has no such vector."""

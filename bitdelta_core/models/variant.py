@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from bitdelta_core.errors import CheckpointError, DeltaFormatError
 from bitdelta_core.models import forms
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.forms import Form, Member, Region
-from bitdelta_core.models.parameters import EMBED, HEAD, Parameters, Place
+from bitdelta_core.models.parameters import EMBED, HEAD, NO_PARAMETERS, Parameters, Place
 from kernels.deltas import Placed
 
 ALIGNMENT = 256
@@ -116,6 +116,10 @@ class VariantLayout:
             form.fill(reader, buffer, base.linear_weight)
         if self.vectors is not None:
             fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
+
+    def for_use(self) -> VariantLayout:
+        """Without what only `fill` needs."""
+        return replace(self, vector_entries=(), _parameters=NO_PARAMETERS)
 
     def view(self, extent: torch.Tensor) -> VariantWeights:
         """The variant's tensors inside `extent` (uint8 [>= nbytes], aligned to 256 bytes): views, no copies."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -57,6 +58,28 @@ class Weights:
         """The matrix of one Hugging Face parameter: a view. The head of a base that ties it is its embedding."""
         place = self.parameters.linears.get(name) or self.parameters.linears[EMBED]
         return self.targets[place.target][place.start : place.start + place.rows]
+
+
+class MappedWeights:
+    """What filling a delta needs of the base (`variant.BaseWeights`), on the CPU, from the checkpoint's mapped files:
+    the values of `Weights`, read when they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._parameters = Parameters.of(config)
+        self._dtype = dtype
+
+    def linear_weight(self, name: str) -> torch.Tensor:
+        """See `Weights.linear_weight`. Not to be written to."""
+        stored = name if name in self._parameters.linears else EMBED
+        return _read(self._checkpoint, stored).to(self._dtype)
+
+    @cached_property
+    def vectors_V(self) -> torch.Tensor:
+        vectors_V = torch.empty(self._parameters.vector_elements, dtype=self._dtype)
+        for name, span in self._parameters.vectors.items():
+            vectors_V[span.start : span.stop] = _read(self._checkpoint, name)
+        return vectors_V
 
 
 def _check_names(checkpoint: Checkpoint, parameters: Parameters, config: ModelConfig) -> None:

@@ -56,6 +56,9 @@ def serve(
     host_cache_bytes: Annotated[
         str | None, typer.Option(help="Host memory for deltas: 8GiB", rich_help_panel=Engine)
     ] = None,
+    loader: Annotated[
+        str | None, typer.Option(help="What reads deltas: auto, thread, process", rich_help_panel=Engine)
+    ] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="Memory for KV: 4GiB", rich_help_panel=Engine)] = None,
     seed: Annotated[int | None, typer.Option(help="Of requests without one.", rich_help_panel=Engine)] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where fetched deltas are kept.")] = None,

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from bitdelta_core import Engine, EngineConfig, GenerationRequest, SamplingParams
-from bitdelta_core.engine.accelerator import PIECE, Cuda
+from bitdelta_core.engine.accelerator import PIECE, PINNED_AT_ONCE, Cuda
 from bitdelta_core.engine.completion import Completion
 from bitdelta_core.engine.graphs import DecodeGraphs
+from bitdelta_core.engine.shared_memory import SharedMemory
 from bitdelta_core.errors import DeltaError, InvalidRequest
 from tests.engine.engine_zoo import KINDS, Zoo, overwrite
 
@@ -282,6 +283,21 @@ def test_copies_to_the_slab_arrive_whole(cuda: Cuda) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(part.cpu(), host) for part, host in zip(slab.split(nbytes), hosts, strict=True))
+
+
+def test_shared_memory_is_pinned_and_let_go(cuda: Cuda) -> None:
+    """More than is pinned at once, and no whole number of pieces of that."""
+    memory = SharedMemory(PINNED_AT_ONCE + PIECE + 4096)
+    memory.bytes_.copy_(torch.randint(0, 256, (memory.nbytes,), dtype=torch.uint8))
+    slab = torch.zeros(memory.nbytes - 100, dtype=torch.uint8, device=cuda.device)
+    torch.cuda.synchronize()
+    pieces = memory.bytes_.split(PIECE)
+    undo = cuda.pin(memory.bytes_)
+    assert all(piece.is_pinned() for piece in pieces)
+    cuda.fill(slab, memory.bytes_[:-100])
+    assert torch.equal(slab.cpu(), memory.bytes_[:-100])
+    undo()
+    assert not any(piece.is_pinned() for piece in pieces)
 
 
 def test_a_capture_is_launched_again_with_what_is_there(cuda: Cuda) -> None:

@@ -19,6 +19,7 @@ from bitdelta_core.engine.accelerator import Accelerator, Plain
 from bitdelta_core.engine.api import GenerationRequest, SamplingParams, TokenEvent
 from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.core import EngineCore, Job
+from bitdelta_core.engine.host_buffers import HostBuffer
 from bitdelta_core.engine.residency import Residency
 from bitdelta_core.engine.runner import Outcome, Task
 from bitdelta_core.engine.scheduler import Scheduler
@@ -191,8 +192,8 @@ class FakeDelta:
         self.variant = Variant(context_len, VOCAB, Vocabulary(FakeTokenizer(), frozenset()))
         self._salt = salt
 
-    def fill(self, host: torch.Tensor) -> None:
-        host.fill_(self._salt)
+    def fill(self, host: HostBuffer) -> None:
+        host.bytes_.fill_(self._salt)
 
     def view(self, extent: torch.Tensor) -> FakeWeights:
         return FakeWeights(extent, KINDS[self._salt % len(KINDS)])

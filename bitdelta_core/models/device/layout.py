@@ -6,7 +6,7 @@ The face of `models.variant.VariantLayout`; in place of views it gives the varia
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from bitdelta_core.models.device.kinds import StepKinds, union
 from bitdelta_core.models.device.parts import Part
 from bitdelta_core.models.device.targets import misfit, targets_of
 from bitdelta_core.models.forms import Region
-from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
+from bitdelta_core.models.parameters import EMBED, HEAD, NO_PARAMETERS, Parameters
 from bitdelta_core.models.variant import (
     Arena,
     BaseWeights,
@@ -90,16 +90,17 @@ class DeviceLayout:
         config = variant_config(delta, base_config)
         _check_growth(config, base_config, delta.tensors)
         parameters, targets = Parameters.of(config), targets_of(base_config)
-        arena, table_JF = Arena(), empty_rows(len(targets))
+        arena, rows_JF = Arena(), empty_rows(len(targets)).tolist()
         linears, vectors = split_entries(delta.tensors, parameters)
         planned: dict[str, list[Part]] = {}
         for name, members in linears.items():
             outputs, layer = _outputs(name, targets[name], config), name not in ("embed", "head")
             found = list(parts.plan(targets[name], outputs, members, dtype, arena.take, compact=layer))
             for field, value in (item for part in found for item in part.fields.items()):
-                table_JF[targets[name].index, field] = value
+                rows_JF[targets[name].index][field] = value
             planned[name] = found
         block = arena.take((parameters.vector_elements,), dtype) if vectors else None
+        table_JF = torch.tensor(rows_JF, dtype=torch.int32)
         _finish_tables(table_JF, targets, config, base_config)
         kinds = _kinds(planned, config)
         planned_parts = tuple(part for found in planned.values() for part in found)
@@ -115,6 +116,10 @@ class DeviceLayout:
             part.fill(reader, buffer, base.linear_weight)
         if self.vectors is not None:
             fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
+
+    def for_use(self) -> DeviceLayout:
+        """Without what only `fill` needs."""
+        return replace(self, parts=(), vector_entries=(), _parameters=NO_PARAMETERS)
 
     def row(self, extent_start: int) -> torch.Tensor:
         """int32 [J, FIELDS]: the variant's table row once its bytes are at `extent_start` (bytes) in the slab."""
