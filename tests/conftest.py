@@ -13,3 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton.jit decorates a kernel
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.kernels import quick_interpreter
+
+    quick_interpreter.install()
