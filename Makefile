@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Of an environment that has a CUDA build of torch already: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 # How tests are shared out (tests/conftest.py says what stays together): every worker takes about 1 GB.
-SHARED := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 .PHONY: demo serve test test-gpu lint format clean install
 
 demo: .venv/demo  ## compress, publish and serve four fine-tunes, ask them all, print the table

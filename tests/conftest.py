@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -21,12 +22,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     quick_interpreter.install()
 
+WITH_RAY = "tests/integration/test_serve_"
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where processes share the tests (`make test`), a file is one's alone, for its fixtures' sake; so are all tests
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where processes share the tests (`make test`), a file is one's alone, for its fixtures' sake; so are all files
     that start Ray, as two clusters would not leave each other enough."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "ray" if item.get_closest_marker("ray") else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return WITH_RAY if nodeid.startswith(WITH_RAY) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
