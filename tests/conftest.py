@@ -23,18 +23,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     quick_interpreter.install()
 
 WITH_RAY = "tests/integration/test_serve_"
+BUSY = (WITH_RAY, "tests/kernels/test_compiles.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where processes share the tests (`make test`), a file is one's alone, for its fixtures' sake; so are all files
-    that start Ray, as two clusters would not leave each other enough."""
+    """Where processes share the tests (`make test`), a file is one's alone, for its fixtures' sake. So are together all
+    files that start many processes: two clusters of Ray, or one and compilers, would not leave each other enough."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return WITH_RAY if nodeid.startswith(WITH_RAY) else super()._split_scope(nodeid)
+            return "busy" if nodeid.startswith(BUSY) else super()._split_scope(nodeid)
 
     return Scheduling(config, log)

@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[CompressOptions, dict[str, Any]]] = {
 }
 
 
-def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 90.0) -> Any:
     """Poll until the condition gives something true; what it gave."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
