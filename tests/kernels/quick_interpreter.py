@@ -5,7 +5,7 @@ What numpy computes is the same, and so is whatever is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def _block_type_once() -> Callable[..., None]:
     """The type of a block, checked once for each shape."""
     original, found = tl.block_type.__init__, {}
 
-    def init(self: Any, element_ty: tl.dtype, shape: Sequence[Any]) -> None:
+    def init(self: Any, element_ty: tl.dtype, shape: Any) -> None:
         key = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
         if key not in found:
             original(self, element_ty, shape)
