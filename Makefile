@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Of an environment that has a CUDA build of torch already: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
+# How tests are shared out (tests/conftest.py says what stays together): every worker takes about 1 GB.
+SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 .PHONY: demo serve test test-gpu sanitize-gpu lint format clean install
 
 demo: .venv/demo  ## compress, publish and serve four fine-tunes, ask them all, print the table
@@ -12,7 +14,7 @@ serve: .venv/demo  ## the same variants, served until Ctrl-C
 	$(BIN)/python examples/demo/demo.py --keep
 
 test: .venv/dev  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/dev)  ## kernels, decoder and engine on this machine's GPU
 	$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"

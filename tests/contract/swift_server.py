@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from tests.ports import free_ports
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
 _CONF = """
@@ -104,7 +105,7 @@ class SwiftServer:
 @contextmanager
 def running(root: Path) -> Iterator[SwiftServer]:
     """Swift on free ports with its data under `root`, killed at the end (or with the thread that started it)."""
-    ports = dict(zip(("proxy", "account", "container", "object"), _free_ports(4), strict=True))
+    ports = dict(zip(("proxy", "account", "container", "object"), free_ports(4), strict=True))
     _configure(root, ports)
     with (root / "swift.log").open("wb") as log:
         processes = [_start(root, app, log) for app in ports]
@@ -132,14 +133,6 @@ def _wait_until_healthy(processes: list[subprocess.Popen[bytes]], port: int, log
         except OSError:
             time.sleep(0.05)
     raise RuntimeError(f"Swift did not start:\n{log.read_text()[-4000:]}")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _configure(root: Path, ports: dict[str, int]) -> None:

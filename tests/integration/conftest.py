@@ -9,7 +9,7 @@ import pytest
 from tests.integration.serve_harness import Server, running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(tmp_path_factory.mktemp("serving")) as found:
         yield found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from bitdelta_core.delta.planning import CompressOptions
 from bitdelta_core.delta.restore import restore
 from bitdelta_core.engine.api import EngineStats
 from storage import Catalog, Manifest, open_store
+from tests.ports import free_ports
 from tests.tiny import make_base, make_finetune
 
 KEY, ACME_KEY = "key-of-everything", "key-of-acme"
@@ -35,19 +35,13 @@ VARIANTS: dict[str, tuple[CompressOptions, dict[str, Any]]] = {
 }
 
 
-def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], timeout_s: float = 90.0) -> Any:
     """Poll until the condition gives something true; what it gave."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
         time.sleep(0.05)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass
@@ -167,7 +161,7 @@ def running(root: Path) -> Iterator[Server]:
 
     models = Models(root)
     deltas = {name: models.delta(name, options, **changes) for name, (options, changes) in VARIANTS.items()}
-    server = Server(models, root / "repo", free_port(), deltas)
+    server = Server(models, root / "repo", free_ports(1)[0], deltas)
     for name, delta in deltas.items():
         server.push(name, delta)
     fields: dict[str, Any] = {

@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from storage import Catalog, open_store
-from tests.integration.serve_harness import Models, free_port, wait_for
+from tests.integration.serve_harness import Models, wait_for
+from tests.ports import free_ports
 from tests.tiny import make_base
 
 pytestmark = pytest.mark.ray
@@ -76,7 +77,7 @@ def served(models: Models, tmp_path: Path, *options: str) -> Iterator[Command]:
     """`bitdelta serve` once it says that it is ready."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     sizes = ["--slab-bytes", "8MiB", "--kv-cache-bytes", "8MiB"]
-    arguments = ["--base", str(models.base), "--repo", str(tmp_path / "repo"), "--port", str(free_port()), *sizes]
+    arguments = ["--base", str(models.base), "--repo", str(tmp_path / "repo"), "--port", str(free_ports(1)[0]), *sizes]
     output = tmp_path / "output"
     with output.open("w") as file:
         server = subprocess.Popen(

@@ -42,6 +42,7 @@ def harness() -> Iterator[Harness]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles(arch: int, harness: Harness) -> None:
     output, errors = harness[arch].communicate()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import WITH_RAY
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bitdelta_core", "deployments", "kernels", "storage")
 MAX_LINES = 400
@@ -79,3 +81,12 @@ def test_every_local_link_of_the_documents_leads_somewhere() -> None:
             if "://" not in target and not (file.parent / target).exists():
                 broken.append(f"{file.relative_to(ROOT)}: {target}")
     assert not broken
+
+
+def test_files_that_start_ray_are_run_by_one_process() -> None:
+    """`tests/conftest.py` knows them by their names."""
+    tests = {str(f.relative_to(ROOT)): f.read_text() for f in tracked("tests/**.py")}
+    marked = {name for name, text in tests.items() if re.search(r"^(pytestmark = |@)pytest\.mark\.ray", text, re.M)}
+    named = {name for name in tests if name.startswith(WITH_RAY)}
+    assert marked == named
+    assert len(marked) > 1
