@@ -18,8 +18,10 @@ BYTE_ROWS = 1024
 """Rows of prefill whose x A^T is in the workspace at once, where factors are bytes"""
 SPLIT_FLOATS = 2**18
 """K is not split where the partial sums of byte factors would take more: 1 MiB"""
-_PROGRAMS = 512
-"""That fill a GPU: as many byte programs as run at once on most"""
+_PROGRAMS = 1024
+"""Of byte factors: three of a multiprocessor run at once, so these are two rounds or more"""
+_FEW = 1024
+"""Rows of A of all segments, up to which programs are made smaller"""
 _MOST_PROGRAMS = 8192
 """Of one launch of shrink: those of short ranks end at once, but not for nothing"""
 
@@ -112,34 +114,37 @@ def choose_bytes(
 
 def byte_rule(target: Target, rows: int, segments: int, rank: int, longest: int) -> LowRankConfig:
     """A program has 64 rows of A: 8 KiB for 128 inputs, beside 2 KiB of x for eight rows, the most that a segment of a
-    decode step has. K is split where the rows of A alone do not fill a GPU."""
+    decode step has. K is split where the rows of A alone do not fill a GPU; each split is read by every program of
+    expand, so they stay few."""
     width, at_once = len(target.members) * rank, max(8, min(64, triton.next_power_of_2(longest)))
-    strips = min(4, triton.cdiv(longest, at_once))
-    blocks = min(triton.cdiv(width, 64), max(1, _MOST_PROGRAMS // (segments * strips)))
+    block, strips = 32 if at_once == 8 and width * segments <= _FEW else 64, min(4, triton.cdiv(longest, at_once))
+    blocks = min(triton.cdiv(width, block), max(1, _MOST_PROGRAMS // (segments * strips)))
     split = byte_splits(target, rows, width, blocks * segments * strips)
     return LowRankConfig(
         split,
         at_once,
-        rank_block=64,
+        rank_block=block,
         stages=4 if at_once == 8 else 3,
         blocks=blocks,
         strips=strips,
+        warps=block // 16,
         ranks=128 if at_once == 8 and split <= 2 else 64,
     )
 
 
 def byte_candidates(target: Target, rows: int, segments: int, rank: int) -> list[LowRankConfig]:
-    """For a benchmark's sweep over decode steps, the rule's choice first."""
+    """For a benchmark's sweep over decode steps: the rule's choice, and what differs from it in one thing."""
     chosen = byte_rule(target, rows, segments, rank, SEGMENT_ROWS)
-    room = SPLIT_FLOATS // (rows * len(target.members) * rank)
-    splits = sorted({max(1, chosen.split // 2), chosen.split, chosen.split * 2 if room >= chosen.split * 2 else 1})
-    return [chosen] + [
-        replace(chosen, split=split, rank_block=block, warps=warps, inner=inner, stages=stages, outputs=outputs)
-        for split in splits
-        for block, warps in ((32, 2), (64, 4))
-        for inner, stages in ((64, 6), (128, 4), (256, 3))
-        for outputs in (64, 128)
+    found = [chosen]
+    if chosen.split > 1:
+        found.append(replace(chosen, split=chosen.split // 2))
+    if 2 * chosen.split * rows * len(target.members) * rank <= SPLIT_FLOATS:
+        found.append(replace(chosen, split=chosen.split * 2))
+    found += [replace(chosen, inner=inner, stages=stages) for inner, stages in ((64, 6), (256, 3), (128, 6))]
+    found += [
+        replace(chosen, rank_block=32, blocks=2 * chosen.blocks, outputs=outputs, warps=2) for outputs in (32, 64)
     ]
+    return [*found, replace(chosen, outputs=128), replace(chosen, ranks=64)]
 
 
 def byte_splits(target: Target, rows: int, width: int, programs: int) -> int:
