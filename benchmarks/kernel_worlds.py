@@ -14,7 +14,7 @@ from synthetic import Shape
 
 from kernels import fragments
 from kernels.delta_linear import table_reference
-from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
+from kernels.device import BYTES, FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
 from kernels.kept import Form, pack_inputs
 
 Mix = Literal["distinct", "identical", "uniform", "zipf", "base"]
@@ -43,6 +43,7 @@ class Parts:
     rank: int = 0
     dense: bool = False
     kept: Form | None = None
+    byte_rank: int = 0
 
     def kinds(self) -> Kinds:
         return Kinds(
@@ -53,7 +54,13 @@ class Parts:
             dense=self.dense,
             compact=self.kept.bits if self.kept else 0,
             tall=self.kept is not None and self.kept.mask_rows == 64,
+            byte_rank=-(-self.byte_rank // 16) * 16,
         )
+
+    @property
+    def rank_field(self) -> int:
+        kinds = self.kinds()
+        return kinds.byte_rank + BYTES if kinds.byte_rank else kinds.rank
 
 
 @dataclass
@@ -97,6 +104,10 @@ class Bulk:
             total += self._part(row[Field.DENSE], (n, k), self.dtype)
         if self.parts.kept:
             total += table_reference.compact(self.deltas, self.target, entry)
+        if self.parts.byte_rank:
+            factors = table_reference.low_rank(self.deltas, self.target, entry, self.dtype)
+            assert factors is not None
+            total += factors
         return total
 
     def _part(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -123,9 +134,9 @@ def bulk(target: Target, parts: Parts, entries: int, dtype: torch.dtype) -> Bulk
         at = (e - 1) * per_entry
         for field, (shape, kind) in shapes.items():
             table[e, 0, field] = at
-            _fill(_view(slab, at, shape, kind), field, target, parts.kept)
+            _fill(_view(slab, at, shape, kind), field, target, parts)
             at += units[field]
-        table[e, 0, Field.PLANES], table[e, 0, Field.RANK] = parts.planes, parts.kinds().rank
+        table[e, 0, Field.PLANES], table[e, 0, Field.RANK] = parts.planes, parts.rank_field
         table[e, 0, Field.FORM] = parts.kept.code if parts.kept else 0
     vectors = torch.full((entries + 1,), NONE, dtype=torch.int32, device=device)
     deltas = DeviceDeltas(slab, table.to(device), vectors)
@@ -144,6 +155,9 @@ def _shapes(target: Target, parts: Parts, dtype: torch.dtype) -> dict[Field, tup
     if parts.rank:
         found[Field.LORA_A] = ((members * rank, k), dtype)
         found[Field.LORA_B] = ((n, rank), dtype)
+    if small := parts.kinds().byte_rank:
+        found[Field.LORA_A] = ((members * small * (k + 4),), torch.int8)
+        found[Field.LORA_B] = ((n, small), torch.int8)
     if parts.dense:
         found[Field.DENSE] = ((n, k), dtype)
     if parts.kept:
@@ -159,12 +173,18 @@ def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count
 
 
-def _fill(part: torch.Tensor, field: Field, target: Target, form: Form | None) -> None:
+def _fill(part: torch.Tensor, field: Field, target: Target, parts: Parts) -> None:
     """Numbers of a size that shows: a delta's outputs are about a tenth of the base's."""
     match field:
         case Field.INPUTS:
-            assert form is not None
-            _fill_inputs(part, target, form)
+            assert parts.kept is not None
+            _fill_inputs(part, target, parts.kept)
+        case Field.LORA_A if parts.byte_rank:
+            values = len(target.members) * parts.kinds().byte_rank * target.inputs
+            part[:values].random_(-127, 128)
+            part[values:].view(torch.float32).uniform_(1e-7, 5e-7).div_(parts.byte_rank**0.5)
+        case Field.LORA_B if parts.byte_rank:
+            part.random_(-127, 128)
         case Field.SIGN | Field.KEPT:
             part.random_(-(2**31), 2**31 - 1)
         case Field.COL:

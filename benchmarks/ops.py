@@ -2,10 +2,10 @@
 
     python benchmarks/ops.py [--sections linear ...] [--shapes llama-2-7b llama-3.1-8b] [--seconds 240] [--dry-run]
 
-Sections: `linear` (decode-sized, signs), `rows` (many rows of few variants), `low_rank`, `prefill`, `attention`,
-`stages` (norm, SiLU, rope, embedding, planes), `sampling`, `compact` (few kept inputs beside signs). Every case is
-checked against float64 before it is timed; one that fails is reported and makes the exit code 1. Sections stop when the
-time is used up, and say so.
+Sections: `linear` (decode-sized, signs), `rows` (many rows of few variants), `low_rank`, `factors` (of bytes, beside
+signs), `prefill`, `attention`, `stages` (norm, SiLU, rope, embedding, planes), `sampling`, `compact` (few kept inputs
+beside signs). Every case is checked against float64 before it is timed; one that fails is reported and makes the exit
+code 1. Sections stop when the time is used up, and say so.
 
 (Not called kernels.py: beside the other scripts that name would hide the package.)
 """
@@ -22,6 +22,7 @@ import gpu_timing
 import stage_cases
 import torch
 from compact_cases import compact_linears
+from factor_cases import factors
 from gpu_timing import Report
 from kernel_worlds import Parts, targets_of
 from linear_cases import LIMIT, LinearCase, LinearRun, pool_of, weights_of
@@ -169,6 +170,7 @@ SECTIONS: dict[str, Callable[[Session, str, Shape], None]] = {
     "linear": linear,
     "rows": rows,
     "low_rank": low_rank,
+    "factors": factors,
     "prefill": prefill,
     "attention": attention,
     "stages": stage_cases.stages,
@@ -184,7 +186,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=240.0, help="for all sections together")
     parser.add_argument("--dry-run", action="store_true", help="tiny, through the interpreter: tests the benchmark")
-    parser.add_argument("--file", action="store_true", help="compact: file the fastest settings for this device")
+    parser.add_argument("--file", action="store_true", help="compact, factors: file the fastest settings")
     arguments = parser.parse_args()
     torch.manual_seed(time.time_ns() % 2**31)
     dry = arguments.dry_run

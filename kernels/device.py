@@ -44,11 +44,12 @@ class Field(IntEnum):
     zero = -scale / 2, planes of a `bits`-wide quantised matrix (q - 2^(bits-1)) * scale are sign planes like any.
     Never together with COL."""
     LORA_A = 5
-    """compute dtype [members * rank, K]: every member of a fused target has its own rows, zeros where it has none"""
+    """compute dtype [members * rank, K]: every member of a fused target has its own rows, zeros where it has none.
+    Byte factors: int8 of that shape, then float32 [members * rank]: what each row's component is multiplied with"""
     LORA_B = 6
-    """compute dtype [N, rank], the adapter's scaling folded in"""
+    """compute dtype [N, rank], the adapter's scaling folded in. Byte factors: int8 of that shape"""
     RANK = 7
-    """rank: a multiple of 16"""
+    """rank: a multiple of 16. Byte factors: rank + BYTES"""
     DENSE = 8
     """compute dtype [N, K], the difference itself"""
     ROW_INDEX = 9
@@ -67,6 +68,8 @@ class Field(IntEnum):
     """`kept.Form.code`; 0: nothing is kept"""
 
 
+BYTES = 1
+"""In RANK"""
 SEGMENT_ROWS = 8
 """Of one variant that are multiplied at once: as long as reading its signs takes, in sign products"""
 FIELDS = 16
@@ -117,7 +120,7 @@ class Kinds:
     planes: int = 1
     """Most planes of any"""
     rank: int = 0
-    """Highest padded rank; 0: no low-rank deltas"""
+    """Highest padded rank of factors in the compute dtype; 0: there are none"""
     dense: bool = False
     rows: bool = False
     compact: int = 0
@@ -126,6 +129,12 @@ class Kinds:
     """Masks of kept values are shared by 64 outputs, of every variant that has any, not by 16"""
     single: bool = False
     """No variant has more than one row: sign products take fewer registers then, and so more programs at a time"""
+    byte_rank: int = 0
+    """Highest padded rank of factors of bytes; 0: there are none"""
+
+    @property
+    def low_rank(self) -> bool:
+        return self.rank > 0 or self.byte_rank > 0
 
     def sets(self, target: Target) -> int:
         """C: column sets that this target's planes need."""

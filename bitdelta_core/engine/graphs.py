@@ -107,20 +107,25 @@ class DecodeGraphs(Generic[Output]):
         covering = [family for family in self._families if step_union([family, kinds]) == family]
         if covering:
             return min(covering, key=_width)
-        new = StepKinds(*(replace(k, rank=_rounded(k.rank)) for k in (kinds.layers, kinds.embed, kinds.head)))
+        new = StepKinds(*(_with_few_ranks(k) for k in (kinds.layers, kinds.embed, kinds.head)))
         if len(self._families) >= MAX_FAMILIES:
             new = step_union([*self._families, new])
         self._families.append(new)
         return new
 
 
-def _rounded(rank: int) -> int:
+def _with_few_ranks(kinds: Kinds) -> Kinds:
     """Few different ranks make few families."""
+    return replace(kinds, rank=_rounded(kinds.rank), byte_rank=_rounded(kinds.byte_rank))
+
+
+def _rounded(rank: int) -> int:
     return 0 if rank == 0 else 1 << (rank - 1).bit_length()
 
 
 def _width(kinds: StepKinds) -> tuple[int, int]:
     """How much more than the base is launched: kinds first, then their sizes."""
     parts: list[Kinds] = [kinds.layers, kinds.embed, kinds.head]
-    flags = sum(k.signs + k.columns + k.dense + k.rows + (k.rank > 0) + (k.signs and not k.single) for k in parts)
-    return flags, sum(k.planes + k.rank for k in parts)
+    flags = sum(k.signs + k.columns + k.dense + k.rows + (k.rank > 0) + (k.byte_rank > 0) for k in parts)
+    flags += sum(k.signs and not k.single for k in parts)
+    return flags, sum(k.planes + k.rank + k.byte_rank for k in parts)

@@ -44,7 +44,7 @@ def partials_of(
 
 
 def has_deltas(kinds: Kinds) -> bool:
-    return kinds.signs or kinds.compact > 0 or kinds.rank > 0 or kinds.dense or kinds.rows
+    return kinds.signs or kinds.compact > 0 or kinds.low_rank or kinds.dense or kinds.rows
 
 
 def delta_linear(
@@ -110,8 +110,8 @@ def _others(
         out.delta_TN.zero_()
     if kinds.compact and kinds.signs:
         compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=True)
-    if kinds.rank:
-        wide.low_rank(x_TK, target, deltas, segments_G4, kinds.rank, out.delta_TN, workspace)
+    if kinds.low_rank:
+        wide.low_rank(x_TK, target, deltas, segments_G4, kinds.rank, out.delta_TN, workspace, byte_rank=kinds.byte_rank)
     if kinds.dense:
         wide.dense(x_TK, target, deltas, segments_G4, out.delta_TN)
     if kinds.rows:

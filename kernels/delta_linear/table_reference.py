@@ -12,7 +12,7 @@ import torch
 from kernels import fragments, kept
 from kernels.delta_linear import reference
 from kernels.deltas import SignDelta
-from kernels.device import NONE, UNIT, DeviceDeltas, Field, Target
+from kernels.device import BYTES, NONE, UNIT, DeviceDeltas, Field, Target
 
 
 def matrix(deltas: DeviceDeltas, target: Target, entry: int, dtype: torch.dtype) -> torch.Tensor:
@@ -60,11 +60,17 @@ def signs(deltas: DeviceDeltas, target: Target, entry: int) -> torch.Tensor | No
 def low_rank(deltas: DeviceDeltas, target: Target, entry: int, dtype: torch.dtype) -> torch.Tensor | None:
     """B A of every member, in float32."""
     row = deltas.table_EJF[entry, target.index].tolist()
-    rank, members = row[Field.RANK], target.members
+    rank, members = row[Field.RANK] // 16 * 16, target.members
     if not rank:
         return None
-    a_mrK = _part(deltas, row[Field.LORA_A], dtype, len(members), rank, target.inputs).float()
-    b_Nr = _part(deltas, row[Field.LORA_B], dtype, target.outputs, rank).float()
+    as_bytes = row[Field.RANK] % 16 == BYTES
+    stored = torch.int8 if as_bytes else dtype
+    a_mrK = _part(deltas, row[Field.LORA_A], stored, len(members), rank, target.inputs).float()
+    b_Nr = _part(deltas, row[Field.LORA_B], stored, target.outputs, rank).float()
+    if as_bytes:
+        behind = row[Field.LORA_A] * UNIT + a_mrK.numel()
+        scales = deltas.slab[behind : behind + 4 * len(members) * rank].view(torch.float32)
+        a_mrK *= scales.view(len(members), rank, 1)
     spans = zip(members, [*members[1:], target.outputs], strict=True)
     return torch.cat([b_Nr[first:stop] @ a_rK for a_rK, (first, stop) in zip(a_mrK, spans, strict=True)])
 

@@ -9,6 +9,9 @@ Two launches, each with all entries in one grid; programs of entries without a l
 
 x A^T is rounded to the compute dtype between the two, as adapters' own training code does.
 
+Factors are numbers of the compute dtype ("words") or bytes (`triton_bytes`), whose scales shrink applies. Which, an
+entry's table row says; a step in which both may occur is compiled with both loops, and each program takes one.
+
 After S-LoRA (2311.03285, section 5) and Punica (2310.18547, section 4), whose kernels have one rank per batch or add
 splits atomically.
 """
@@ -19,58 +22,80 @@ splits atomically.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from kernels.delta_linear import low_rank_choice, triton_bytes
 from kernels.delta_linear import triton_parts as parts
+from kernels.delta_linear.low_rank_choice import LowRankConfig, choose, choose_bytes
 from kernels.delta_linear.triton_parts import LORA_A, LORA_B
-from kernels.device import DeviceDeltas, Target
+from kernels.device import SEGMENT_ROWS, DeviceDeltas, Target
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "first"])
 def shrink_kernel(
-    X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T,
+    X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T, first, inputs,
     K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
-    STRIPS: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    STRIPS: tl.constexpr, WORDS: tl.constexpr, BYTES: tl.constexpr, PACKED: tl.constexpr,
+    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """H[split, t, r] = the split's part of x[t] A[r]^T. H is [SPLIT, T, WIDTH]."""
+    """H[split, t - first, r] = the split's part of x[t] A[r]^T. H is [SPLIT, T, WIDTH]. inputs: K."""
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
     split, block = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT % BLOCKS
     start += tl.program_id(0) // (SPLIT * BLOCKS) * BT
-    rank = parts.rank_of(TABLE, entry * table_stride)
+    rank = parts.rank_of(TABLE, entry * table_stride, WORDS, BYTES)
     if (stop <= start) | (rank == 0):
         return
-    a = parts.part(SLAB, TABLE, entry * table_stride, LORA_A, X.dtype.element_ty)
     rows: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
     for r0 in range(block * BR, MEMBERS * rank, BLOCKS * BR):
         r = r0 + tl.arange(0, BR)
         for t0 in range(start, stop, STRIPS * BT):
             t = t0 + tl.arange(0, BT)
-            h = parts.rows_times_matrix(
-                X, x_stride, a, t, stop, r, MEMBERS * rank, split * rows, K, rows, BK, STAGES
+            h = shrunk(
+                X, x_stride, SLAB, TABLE, entry * table_stride, t, stop, r, MEMBERS * rank, split * rows, inputs, K,
+                rows, WORDS, BYTES, PACKED, BK, STAGES,
             )  # fmt: skip
-            at = (split * T + t)[:, None].to(tl.int64) * WIDTH + r[None, :]
+            at = (split * T + t - first)[:, None].to(tl.int64) * WIDTH + r[None, :]
             tl.store(H + at, h, mask=(t[:, None] < stop) & (r[None, :] < MEMBERS * rank))
 
 
 @triton.jit
+def shrunk(
+    X, x_stride, SLAB, TABLE, at, t, stop, r, rows, first, inputs, K: tl.constexpr, SPAN: tl.constexpr,
+    WORDS: tl.constexpr, BYTES: tl.constexpr, PACKED: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x[t, k] A[r, k]^T over k in first .. first + SPAN, times A's scales: float32 [len t, len r]."""
+    if BYTES and (not WORDS or parts.has_bytes(TABLE, at)):
+        q = parts.part(SLAB, TABLE, at, LORA_A, tl.int8)
+        scales = (q + rows.to(tl.int64) * K).to(tl.pointer_type(tl.float32), bitcast=True)
+        span = tl.minimum(SPAN, inputs - first)
+        h = tl.trans(
+            triton_bytes.bytes_times_rows(
+                X, x_stride, q, scales, t, stop, r, rows, first, span, K, BK, STAGES, PACKED
+            )
+        )  # fmt: skip
+    else:
+        a = parts.part(SLAB, TABLE, at, LORA_A, X.dtype.element_ty)
+        h = parts.rows_times_matrix(X, x_stride, a, t, stop, r, rows, first, K, SPAN, BK, STAGES)
+    return h
+
+
+@triton.jit
 def add_expanded(
-    total, H, b, t, stop, n, first, last, rank, column, T, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BI: tl.constexpr,
+    total, H, b, t, stop, n, first, last, rank, at, T, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BI: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """total[t, n] += sum over i < rank, s of H[s, t, column + i] b[n, i], for n in first .. last."""
+    """total[t, n] += sum over i < rank, s of H[s, t, i] b[n, i], for n in first .. last. at: as `triton_bytes`'s."""
     i = tl.arange(0, BI)
     s = tl.arange(0, SPLIT)
     for i0 in tl.range(0, rank, BI, num_stages=STAGES):
         inside = i0 + i < rank
-        at = (s[:, None] * T + t[None, :]).to(tl.int64) * WIDTH + column
+        h_at = H + at + (s[:, None] * T + t[None, :]).to(tl.int64) * WIDTH
         mask = (s[:, None] >= 0) & (t[None, :] < stop)
         # One load of three dimensions: separate ones would each be exchanged between threads for the product.
         h = tl.load(
-            H + at[:, :, None] + (i0 + i)[None, None, :], mask=mask[:, :, None] & inside[None, None, :], other=0.0
+            h_at[:, :, None] + (i0 + i)[None, None, :], mask=mask[:, :, None] & inside[None, None, :], other=0.0
         )
         here = (n[None, :] >= first) & (n[None, :] < last) & inside[:, None]
         b_at = b + n[None, :].to(tl.int64) * rank + (i0 + i)[:, None]
@@ -80,30 +105,58 @@ def add_expanded(
     return total
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "first"])
 def expand_kernel(
-    H, SLAB, TABLE, table_stride, SEGMENTS, OUT, out_stride, T, N, FIRST_1, FIRST_2, DTYPE: tl.constexpr,
-    MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+    H, SLAB, TABLE, table_stride, SEGMENTS, OUT, out_stride, T, first, N, FIRST_1, FIRST_2, DTYPE: tl.constexpr,
+    MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, BYTES: tl.constexpr,
+    PACKED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """OUT[t, n] += sum over i of H[., t, member(n) * rank + i] B[n, i]."""
+    """OUT[t, n] += sum over i of H[., t - first, member(n) * rank + i] B[n, i]."""
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
-    rank = parts.rank_of(TABLE, entry * table_stride)
+    rank = parts.rank_of(TABLE, entry * table_stride, WORDS, BYTES)
     if (stop <= start) | (rank == 0):
         return
-    b = parts.part(SLAB, TABLE, entry * table_stride, LORA_B, DTYPE)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     low, high = members_between(tl.program_id(0) * BN, BN, MEMBERS, N, FIRST_1, FIRST_2)
     for t0 in range(start, stop, BT):
         t = t0 + tl.arange(0, BT)
-        total = tl.zeros((BT, BN), tl.float32)
-        for m in range(low, high + 1):
-            first, last = member_span(m, MEMBERS, N, FIRST_1, FIRST_2)
-            total = add_expanded(total, H, b, t, stop, n, first, last, rank, m * rank, T, WIDTH, SPLIT, BI, STAGES)
+        total = expanded(
+            H, SLAB, TABLE, entry * table_stride, t, stop, first, n, low, high, rank, T, N, FIRST_1, FIRST_2, DTYPE,
+            MEMBERS, WIDTH, SPLIT, WORDS, BYTES, PACKED, BI, STAGES,
+        )  # fmt: skip
         at = OUT + t[:, None].to(tl.int64) * out_stride + n[None, :]
         mask = (t[:, None] < stop) & (n[None, :] < N)
         total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         tl.store(at, total.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expanded(
+    H, SLAB, TABLE, at, t, stop, first, n, low, high, rank, T, N, FIRST_1, FIRST_2, DTYPE: tl.constexpr,
+    MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, BYTES: tl.constexpr,
+    PACKED: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """float32 [len t, len n], of outputs of the members low .. high."""
+    origin = 0 - first.to(tl.int64) * WIDTH
+    if BYTES and (not WORDS or parts.has_bytes(TABLE, at)):
+        q = parts.part(SLAB, TABLE, at, LORA_B, tl.int8)
+        turned = tl.zeros((n.shape[0], t.shape[0]), tl.float32)
+        for m in range(low, high + 1):
+            begin, end = member_span(m, MEMBERS, N, FIRST_1, FIRST_2)
+            turned = triton_bytes.add_expanded(
+                turned, H, q, t, stop, n, begin, end, rank, origin + m * rank, T, WIDTH, SPLIT, BI, STAGES, DTYPE,
+                PACKED,
+            )  # fmt: skip
+        total = tl.trans(turned)
+    else:
+        b = parts.part(SLAB, TABLE, at, LORA_B, DTYPE)
+        total = tl.zeros((t.shape[0], n.shape[0]), tl.float32)
+        for m in range(low, high + 1):
+            begin, end = member_span(m, MEMBERS, N, FIRST_1, FIRST_2)
+            total = add_expanded(
+                total, H, b, t, stop, n, begin, end, rank, origin + m * rank, T, WIDTH, SPLIT, BI, STAGES
+            )  # fmt: skip
+    return total
 
 
 @triton.jit
@@ -129,128 +182,81 @@ def member_span(m, MEMBERS: tl.constexpr, N, FIRST_1, FIRST_2):
     return first, last
 
 
-MANY_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankConfig:
-    split: int
-    """Parts that K is cut into: a power of two"""
-    rows: int = 16
-    """Rows of x that are multiplied at once"""
-    rank_block: int = 32
-    inner: int = 128
-    """Inputs that are loaded at once"""
-    stages: int = 4
-    blocks: int = 8
-    """Programs for the rank blocks of one segment and split"""
-    strips: int = 1
-    """Programs for the row blocks of one segment, split and rank block"""
-    outputs: int = 64
-    """Of one program of expand"""
-    warps: int = 4
-
-
-def key(target: Target, rows: int, max_rank: int) -> str:
-    """What measured configurations are filed under."""
-    return f"low rank {target.outputs}x{target.inputs} {triton.next_power_of_2(rows)} {max_rank}"
-
-
-def choose(target: Target, rows: int, max_rank: int, device: torch.device) -> LowRankConfig:
-    """What was measured on this device, else the rule: splits so that a few segments of rank 16 already fill a GPU,
-    with programs of 8 KiB or more."""
-    found = parts.measured(key(target, rows, max_rank), device)
-    if found is not None:
-        return LowRankConfig(**found)
-    width = len(target.members) * max_rank
-    return LowRankConfig(
-        split=most_splits(target, rows, max_rank),
-        rows=(16 if rows <= 32 else 32) if rows <= MANY_ROWS else 64,
-        rank_block=16 if width <= 48 else 32,
-        strips=1 if rows <= 64 else 2 if rows <= 128 else 4,
-        outputs=64 if rows < 8 or max_rank > 64 else 256 if max_rank == 16 else 128,
-        warps=2 if width <= 48 else 4,
-    )
-
-
-def candidates(target: Target, rows: int, max_rank: int) -> list[LowRankConfig]:
-    """For a benchmark's sweep."""
-    most = most_splits(target, rows, max_rank)
-    tall = (16, 32) if rows > 16 else (16,)
-    return [
-        LowRankConfig(split, x_rows, block, inner, stages, 8, strips, outputs, warps)
-        for split in (1, 2, 4, 8, 16)
-        if split <= most
-        for x_rows in tall
-        for block, warps in ((16, 1), (16, 2), (32, 4))
-        for inner, stages in ((128, 4), (256, 3))
-        for strips in ((1,) if rows <= 64 else (1, 2, 4))
-        for outputs in (64, 128, 256)
-    ]
-
-
-def most_splits(target: Target, rows: int, max_rank: int) -> int:
-    """No configuration has more: the workspace is made for it. Many rows or ranks fill a GPU with fewer."""
-    width = len(target.members) * max_rank
-    most = 16 if width <= 32 else 8 if width <= 128 else 4 if width <= 512 else 2
-    if rows > MANY_ROWS:
-        most //= 2
-    return 2 ** (max(1, min(most, target.inputs // 256)).bit_length() - 1)
-
-
-def workspace_floats(target: Target, rows: int, max_rank: int) -> int:
-    """float32 elements that x A^T of a step takes."""
-    return most_splits(target, rows, max_rank) * rows * len(target.members) * max_rank
-
-
 def shrink(
     x_TK: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, max_rank: int,
-    workspace: torch.Tensor, config: LowRankConfig,
+    workspace: torch.Tensor, config: LowRankConfig, *, words: bool = True, factor_bytes: bool = False,
+    span: tuple[int, int] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """x A^T in parts, float32 [split, T, members * max_rank], in the workspace. Columns beyond members * rank of the
     row's own variant hold anything, and so do rows of variants without a low-rank part.
 
     Args:
         workspace: uint8, aligned to 16, at least 4 * `workspace_floats`.
+        words, factor_bytes: which factors entries may have; of others nothing is written.
+        span: (first, stop): the segments have these rows alone, and T is their number.
     """
     parts.check_rows(x_TK, target)
-    rows, width = x_TK.shape[0], len(target.members) * max_rank
+    first, stop = span or (0, x_TK.shape[0])
+    rows, width = stop - first, len(target.members) * max_rank
     size = config.split * rows * width
     assert max_rank % 16 == 0, f"rank {max_rank} is not padded to 16"
     assert workspace.numel() >= 4 * size, f"workspace of {workspace.numel()} bytes, {4 * size} needed"
     h = workspace[: 4 * size].view(torch.float32).view(config.split, rows, width)
     blocks = min(config.blocks, triton.cdiv(width, config.rank_block))
     shrink_kernel[(config.split * blocks * config.strips, segments_G4.shape[0])](
-        x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, h, rows,
+        x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, h, rows, first, target.inputs,
         K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=config.split, BLOCKS=blocks,
-        STRIPS=config.strips, BT=config.rows, BR=config.rank_block, BK=config.inner, STAGES=config.stages,
-        num_warps=config.warps,
+        STRIPS=config.strips, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
+        BR=config.rank_block, BK=config.inner, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return h
 
 
 def low_rank(
     x_TK: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, max_rank: int,
-    out_TN: torch.Tensor, workspace: torch.Tensor, *, config: LowRankConfig | None = None,
+    out_TN: torch.Tensor, workspace: torch.Tensor, *, byte_rank: int = 0, longest: int = SEGMENT_ROWS,
+    span: tuple[int, int] | None = None, config: LowRankConfig | None = None,
 ) -> None:  # fmt: skip
     """Adds the low-rank parts of every segment's variant to its rows of out, which must hold numbers.
 
     Args:
-        max_rank: at least the rank of every entry in the table, a multiple of 16.
+        max_rank: at least the rank of every entry in the table, a multiple of 16; 0: none has factors in x's dtype, or
+            they are not wanted.
         out_TN: float32 or the compute dtype; columns from the target's outputs on are left alone.
-        workspace: as `shrink`'s.
+        workspace, span: as `shrink`'s.
+        byte_rank: the same of byte factors.
+        longest: rows of the longest segment, if there are byte factors.
     """
     assert out_TN.stride(1) == 1
+    span = span or (0, x_TK.shape[0])
+    rank = max(max_rank, low_rank_choice.byte_rank(target, byte_rank))
+    if config is None and byte_rank:
+        segments = segments_G4.shape[0]
+        config = choose_bytes(target, span[1] - span[0], segments, rank, x_TK.device, longest=longest)
     config = config or choose(target, x_TK.shape[0], max_rank, x_TK.device)
-    h = shrink(x_TK, target, deltas, segments_G4, max_rank, workspace, config)
+    kinds = {"words": max_rank > 0, "factor_bytes": byte_rank > 0}
+    h = shrink(x_TK, target, deltas, segments_G4, rank, workspace, config, span=span, **kinds)
+    _expand(x_TK, h, target, deltas, segments_G4, rank, out_TN, config, span[0], **kinds)
+
+
+def _expand(
+    x_TK: torch.Tensor, h: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, rank: int,
+    out_TN: torch.Tensor, config: LowRankConfig, first_row: int, *, words: bool, factor_bytes: bool,
+) -> None:  # fmt: skip
     first = [*target.members[1:], 0, 0]
-    inner = min(32, triton.next_power_of_2(max_rank))
+    inner = min(config.ranks, triton.next_power_of_2(rank))
     expand_kernel[(triton.cdiv(target.outputs, config.outputs), segments_G4.shape[0])](
-        h, *parts.table_arguments(deltas, target), segments_G4, out_TN, out_TN.stride(0), h.shape[1], target.outputs,
-        first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members), WIDTH=h.shape[2], SPLIT=config.split,
-        BT=config.rows, BN=config.outputs, BI=inner, STAGES=1 if max_rank <= inner else 2,
-        num_warps=4,
+        h, *parts.table_arguments(deltas, target), segments_G4, out_TN, out_TN.stride(0), h.shape[1], first_row,
+        target.outputs, first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members), WIDTH=h.shape[2],
+        SPLIT=config.split, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
+        BN=config.outputs, BI=inner, STAGES=1 if rank <= inner else 3 if factor_bytes and not words else 2,
+        num_warps=config.warps if factor_bytes else 4,
     )  # fmt: skip
+
+
+def _is_packed(x_TK: torch.Tensor) -> bool:
+    """The interpreter, which has CPU tensors, knows no assembly."""
+    return x_TK.dtype.itemsize == 2 and not x_TK.is_cpu
 
 
 def dtype_of(x: torch.Tensor) -> tl.dtype:

@@ -56,8 +56,18 @@ def has(TABLE, at, FIELD: tl.constexpr):
 
 
 @triton.jit
-def rank_of(TABLE, at):
-    return tl.load(TABLE + at + RANK) // LOW_RANK_UNIT * LOW_RANK_UNIT
+def rank_of(TABLE, at, WORDS: tl.constexpr = True, BYTES: tl.constexpr = False):
+    """Of factors in the compute dtype if WORDS, of bytes if BYTES; 0 where the entry has others."""
+    found = tl.load(TABLE + at + RANK)
+    if not (WORDS and BYTES):
+        found = tl.where(found % 2 == (1 if BYTES else 0), found, 0)
+    return found // LOW_RANK_UNIT * LOW_RANK_UNIT
+
+
+@triton.jit
+def has_bytes(TABLE, at):
+    """Whether the entry's factors are bytes: `device.BYTES`."""
+    return tl.load(TABLE + at + RANK) % 2 == 1
 
 
 @triton.jit

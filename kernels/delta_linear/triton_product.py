@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.delta_linear import triton_low_rank, triton_parts
+from kernels.delta_linear import low_rank_choice, triton_low_rank, triton_parts
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear import triton_tiles as tiles
 from kernels.delta_linear.triton_parts import DENSE, LORA_B, SCALE, SIGN
@@ -172,6 +172,7 @@ def product(
 
     Args:
         tiles_I4: (entry, start, stop, 0), at most ROWS rows each.
+        kinds: byte factors count for nothing here.
         workspace: as `low_rank`'s, where kinds has low-rank deltas.
     """
     triton_parts.check_rows(x_TK, target)
@@ -179,7 +180,7 @@ def product(
     planes = kinds.planes if kinds.signs else 0
     h, width, split = None, 0, 0
     if kinds.rank:
-        small = triton_low_rank.choose(target, x_TK.shape[0], kinds.rank, x_TK.device)
+        small = low_rank_choice.choose(target, x_TK.shape[0], kinds.rank, x_TK.device)
         h = triton_low_rank.shrink(x_TK, target, deltas, tiles_I4, kinds.rank, workspace, small)
         split, width = h.shape[0], h.shape[2]
     first = [*target.members[1:], 0, 0]

@@ -12,15 +12,16 @@ Prefill knows its segments on the host and may launch as it likes. Ways through 
 Merged and fused weights are rounded to the compute dtype: an output is off by about as much as rounding that output
 itself costs (WIDE.md). Split rounds D alone, or nothing (one plane of signs).
 
-Kept values (`kernels.kept`) are only ever merged, whatever the number of rows.
+Kept values (`kernels.kept`) are only ever merged, whatever the number of rows. Low-rank factors of bytes are added to
+what these ways leave, by `low_rank`: once more through the outputs, rounded once more.
 
 Not covered: replaced rows and larger vocabularies, which embeddings and heads have and prefill does not multiply with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -28,8 +29,8 @@ import torch
 
 from kernels.delta_linear import (
     gluon_product,
+    low_rank_choice,
     table_reference,
-    triton_low_rank,
     triton_merge,
     triton_parts,
     triton_product,
@@ -190,8 +191,10 @@ def prefill_linear(
         impl: instead of the way's.
         way: None: what `choose` finds.
     """
+    byte_rank, kinds = kinds.byte_rank, replace(kinds, byte_rank=0)
     way = way or choose(target, kinds, x_TK.device)
-    for run in _runs(x_TK, weight_NK, target, kinds, segments, impl or way.impl, way.merge_rows):
+    impl = impl or way.impl
+    for run in _runs(x_TK, weight_NK, target, kinds, segments, impl, way.merge_rows):
         match run.impl:
             case "merge":
                 scratch = workspace[: max(way.slice_bytes, 32 * weight_NK[0].nbytes)]
@@ -199,7 +202,7 @@ def prefill_linear(
                     _merged(x_TK, weight_NK, target, deltas, segment, kinds, out_TN, scratch, way)
             case "split":
                 torch.mm(x_TK[run.rows], weight_NK.T, out=out_TN[run.rows])
-                if any(entry > 0 for entry, _, _ in run.segments):
+                if kinds != Kinds() and any(entry > 0 for entry, _, _ in run.segments):
                     _product(x_TK, None, target, deltas, tiles_I4, run, kinds, out_TN, workspace, way)
             case "fused":
                 _product(x_TK, weight_NK, target, deltas, tiles_I4, run, kinds, out_TN, workspace, way)
@@ -210,6 +213,8 @@ def prefill_linear(
             case "reference":
                 for segment in run.segments:
                     _reference(x_TK, weight_NK, target, deltas, segment, out_TN)
+    if byte_rank and impl != "reference":
+        _byte_factors(x_TK, target, deltas, tiles_I4, segments, byte_rank, out_TN, workspace)
 
 
 def _runs(
@@ -282,8 +287,35 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 def workspace_bytes(target: Target, rows: int, kinds: Kinds, dtype: torch.dtype) -> int:
     """For `low_rank` and `prefill_linear` with this many rows."""
     least, whole = 32 * target.inputs * dtype.itemsize, target.outputs * target.inputs * dtype.itemsize
-    small = 4 * triton_low_rank.workspace_floats(target, rows, kinds.rank) if kinds.rank else 0
+    small = 4 * low_rank_choice.workspace_floats(target, rows, kinds.rank, kinds.byte_rank)
     return max(min(SLICE_BYTES, whole), least, small)
+
+
+def _byte_factors(
+    x_TK: torch.Tensor,
+    target: Target,
+    deltas: DeviceDeltas,
+    tiles_I4: torch.Tensor,
+    segments: Sequence[Rows],
+    byte_rank: int,
+    out_TN: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    """Adds them, to as many rows at a time as the workspace holds x A^T of."""
+    for tiles, span in spans(row_tiles(segments), low_rank_choice.BYTE_ROWS):
+        longest = min(ROWS, max(stop - start for _, start, stop in segments))
+        low_rank(
+            x_TK, target, deltas, tiles_I4[tiles], 0, out_TN, workspace, byte_rank=byte_rank, longest=longest, span=span
+        )
+
+
+def spans(tiles: Sequence[Sequence[int]], most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
+    """Neighbouring row tiles of at most so many rows, and the rows that they have."""
+    begin = 0
+    for i, tile in enumerate(tiles):
+        if i + 1 == len(tiles) or tiles[i + 1][2] - tiles[begin][1] > most:
+            yield slice(begin, i + 1), (tiles[begin][1], tile[2])
+            begin = i + 1
 
 
 def _merged(

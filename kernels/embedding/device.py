@@ -47,6 +47,6 @@ def embed(
     embed_kernel[(rows, triton.cdiv(inputs, width))](
         tokens_T, source_T, sampled_S, weight_VK, slab.view(weight_VK.dtype), slab.view(torch.float32),
         slab.view(torch.int32), deltas.table_EJF, entry_T, out_TK, weight_VK.shape[0], target.index,
-        deltas.table_EJF.shape[1], K=inputs, KS=width, SIGNS=kinds.signs, COLUMNS=kinds.columns, RANK=kinds.rank > 0,
-        DENSE=kinds.dense, ROWS=kinds.rows, PDL=launches.early(out_TK), num_warps=4,
+        deltas.table_EJF.shape[1], K=inputs, KS=width, SIGNS=kinds.signs, COLUMNS=kinds.columns, RANK=kinds.low_rank,
+        BYTES=kinds.byte_rank > 0, DENSE=kinds.dense, ROWS=kinds.rows, PDL=launches.early(out_TK), num_warps=4,
     )  # fmt: skip

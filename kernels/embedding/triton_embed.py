@@ -65,9 +65,8 @@ def _sign_row(
 
 
 @triton.jit
-def _low_rank_row(VALUES, FIELD, token, k, K: tl.constexpr, KS: tl.constexpr):
+def _low_rank_row(VALUES, FIELD, token, k, rank, K: tl.constexpr, KS: tl.constexpr):
     """float32 [KS]: columns k of B[token] A."""
-    rank = tl.load(FIELD + _RANK)
     A = _part(VALUES, tl.load(FIELD + _LORA_A))
     B = _part(VALUES, tl.load(FIELD + _LORA_B)) + token.to(tl.int64) * rank
     row = tl.zeros((KS,), tl.float32)
@@ -76,6 +75,22 @@ def _low_rank_row(VALUES, FIELD, token, k, K: tl.constexpr, KS: tl.constexpr):
         b = tl.load(B + r).to(tl.float32)
         at = r[:, None].to(tl.int64) * K + k[None, :]
         a = tl.load(A + at, mask=(k < K)[None, :], other=0.0).to(tl.float32)
+        row += tl.sum(b[:, None] * a, 0)
+    return row
+
+
+@triton.jit
+def _byte_row(BYTES, FIELD, token, k, rank, K: tl.constexpr, KS: tl.constexpr):
+    """The same of factors of bytes, whose scales stand behind A. Its loads are far ahead of what they are added to."""
+    A = _part(BYTES, tl.load(FIELD + _LORA_A))
+    SCALES = (A + rank.to(tl.int64) * K).to(tl.pointer_type(tl.float32), bitcast=True)
+    B = _part(BYTES, tl.load(FIELD + _LORA_B)) + token.to(tl.int64) * rank
+    row = tl.zeros((KS,), tl.float32)
+    for first in tl.range(0, rank, 16, num_stages=3):
+        r = first + tl.arange(0, 16)
+        b = tl.load(B + r).to(tl.float32) * tl.load(SCALES + r)
+        at = r[:, None].to(tl.int64) * K + k[None, :]
+        a = tl.load(A + at, mask=(k < K)[None, :], other=0).to(tl.float32)
         row += tl.sum(b[:, None] * a, 0)
     return row
 
@@ -101,7 +116,7 @@ def _replaced(INTS, FIELD, token):
 def embed_kernel(
     TOKENS, SOURCE, SAMPLED, WEIGHT, VALUES, FLOATS, INTS, TABLE, ENTRY, OUT, vocabulary, target, targets,
     K: tl.constexpr, KS: tl.constexpr, SIGNS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-    DENSE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    BYTES: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, which): columns which * KS on.
 
@@ -128,7 +143,12 @@ def embed_kernel(
     if SIGNS and tl.load(FIELD + _PLANES) > 0:
         x += _sign_row(INTS, FLOATS, FIELD, token, outputs, which, (K + 255) // 256, KS, COLUMNS)
     if RANK and token < vocabulary:
-        x += _low_rank_row(VALUES, FIELD, token, k, K, KS)
+        rank = tl.load(FIELD + _RANK)
+        if BYTES and rank % 2 == 1:
+            SMALL = INTS.to(tl.pointer_type(tl.int8), bitcast=True)
+            x += _byte_row(SMALL, FIELD, token, k, rank // 16 * 16, K, KS)
+        else:
+            x += _low_rank_row(VALUES, FIELD, token, k, rank, K, KS)
     if DENSE:
         dense = tl.load(FIELD + _DENSE)
         x += tl.load(_part(VALUES, dense) + at, mask=k < tl.where(dense >= 0, K, 0), other=0.0).to(tl.float32)

@@ -80,7 +80,18 @@ MIXES: dict[str, list[str | None]] = {
     "identical": ["bitdelta-row-col-int8"] * 3,
     "zipf": [None, "three-bits-int2", "three-bits-int2", "three-bits-int2", "lora", "more-vocabulary"],
     "base": [None] * 3,
+    "integers": ["auto-low-rank", "auto-low-rank", "auto-dense", "lora", None],
 }
+
+
+def test_auto_keeps_its_integers(variants: Variants) -> None:
+    """Layers, embedding and head."""
+    for kind in ("auto-low-rank", "auto-dense"):
+        kinds = variants.rig.layouts[ALL.index(kind) - 1].kinds
+        for part in (kinds.layers, kinds.embed, kinds.head):
+            assert part.byte_rank > 0
+            assert part.rank == 0
+            assert not part.dense
 
 
 @pytest.mark.parametrize("mix", MIXES)

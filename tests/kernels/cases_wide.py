@@ -52,6 +52,13 @@ def _low_rank(target: Target, rows: int, rank: int) -> None:
     triton_low_rank.low_rank(x, target, tables(4), ints(rows, 4), rank, delta, _space())
 
 
+def _bytes(target: Target, rows: int, byte_rank: int, *, words: int = 0, longest: int = 8) -> None:
+    x, delta = meta(rows, target.inputs), meta(rows, target.outputs, dtype=torch.float32)
+    triton_low_rank.low_rank(
+        x, target, tables(4), ints(rows, 4), words, delta, _space(), byte_rank=byte_rank, longest=longest
+    )
+
+
 def _dense(target: Target, rows: int) -> None:
     x, delta = meta(rows, target.inputs), meta(rows, target.outputs, dtype=torch.float32)
     triton_dense.dense(x, target, tables(4), ints(rows, 4), delta)
@@ -71,6 +78,8 @@ def _rows() -> None:
 MIXED = triton_product.ProductConfig(128, stages=2)
 SIGNS = Kinds(signs=True)
 ASYNC = "LDGSTS.E.BYPASS.128"
+BYTES = {80: ("HMMA.16816", "HFMA2.BF16", ASYNC), 90: ("HMMA.16816", "HADD2.BF16", ASYNC)}
+"""Conversions in pairs, none by way of float32"""
 CASES = [
     Case("wide merge", lambda: _merge(QKV, SIGNS), {90: ("LDG.E.128", "STG.E.128")}),
     Case("wide merge, all", lambda: _merge(QKV, Kinds(True, True, 2, 64, True))),
@@ -84,6 +93,10 @@ CASES = [
     Case("wide fused, all", lambda: _product(DOWN, Kinds(True, True, 2, 64, True), MIXED)),
     Case("wide low rank 16", lambda: _low_rank(QKV, 16, 16), {90: ("HMMA", ASYNC)}),
     Case("wide low rank 512", lambda: _low_rank(DOWN, 64, 512), {90: ("HMMA", ASYNC)}),
+    Case("byte factors 256", lambda: _bytes(QKV, 1, 256), BYTES),
+    Case("byte factors 1024, many", lambda: _bytes(DOWN, 64, 1024), BYTES),
+    Case("byte factors beside adapters", lambda: _bytes(QKV, 16, 512, words=64), BYTES),
+    Case("byte factors, prefill", lambda: _bytes(QKV, 512, 256, longest=256), {90: ("HGMMA.64x64x16", ASYNC)}),
     Case("wide dense", lambda: _dense(DOWN, 8), {90: ("HMMA", ASYNC)}),
     Case("wide rows", _rows, {90: ("HMMA", ASYNC)}),
 ]

@@ -11,7 +11,7 @@ import torch
 from kernels import fragments, kept
 from kernels.delta_linear.reference import matrix
 from kernels.deltas import DenseDelta, LinearDelta, LowRankDelta, RowsDelta, SignDelta
-from kernels.device import FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
+from kernels.device import BYTES, FIELDS, NONE, UNIT, DeviceDeltas, Field, Kinds, Target, segment_table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32, torch.float16]
@@ -20,8 +20,8 @@ POISON = 0xFF
 """Every byte of the slab outside the parts: NaN in every floating dtype, -1 in every integer."""
 
 Spec = dict[str, Any]
-"""What one entry has for one target: signs=P, col=True, quant=bits, rank=r, members=(1,) (of the low-rank part: those
-that have one), dense=True, kept=Form, rows=R, extra=n (outputs beyond the base's)."""
+"""What one entry has for one target: signs=P, col=True, quant=bits, rank=r or bytes=r, members=(1,) (of the low-rank
+part: those that have one), dense=True, kept=Form, rows=R, extra=n (outputs beyond the base's)."""
 ENTRIES: dict[str, Spec] = {
     "signs": {"signs": 1},
     "two planes": {"signs": 2},
@@ -76,11 +76,12 @@ class World:
             signs=bool((table[..., Field.PLANES] > 0).any()),
             columns=bool((table[..., Field.COL] != NONE).any()),
             planes=max(1, int(table[..., Field.PLANES].max())),
-            rank=int(table[..., Field.RANK].max()),
+            rank=int((table[..., Field.RANK] * (table[..., Field.RANK] % 2 == 0)).max()),
             dense=bool((table[..., Field.DENSE] != NONE).any()),
             compact=max(form.bits for form in forms) if forms else 0,
             tall=bool(forms) and all(form.mask_rows == 64 for form in forms),
             rows=bool((table[..., Field.ROWS] > 0).any()),
+            byte_rank=int((table[..., Field.RANK] * (table[..., Field.RANK] % 2)).max()) // 16 * 16,
         )
 
     def matrix(self, entry: int, target: Target) -> torch.Tensor:
@@ -127,6 +128,10 @@ def _add(
     if rank := spec.get("rank", 0):
         has = spec.get("members", range(len(target.members)))
         found += _add_low_rank(writer, row_F, target, rank, list(has), dtype, gen)
+    if rank := spec.get("bytes", 0):
+        has = spec.get("members", range(len(target.members)))
+        rank = min(rank, target.outputs, k)
+        found += _add_bytes(writer, row_F, replace(target, outputs=n), rank, list(has), gen)
     if spec.get("dense"):
         weight = (torch.randn(n, k, generator=gen) * 0.02).to(dtype)
         row_F[Field.DENSE] = writer.add(weight)
@@ -233,6 +238,24 @@ def _add_low_rank(
             whole[start:stop] = matrix(LowRankDelta(a[m], b[start:stop]))
     row_F[Field.LORA_A], row_F[Field.LORA_B] = writer.add(a.to(dtype)), writer.add(b.to(dtype))
     row_F[Field.RANK] = padded
+    return [DenseDelta(whole)]
+
+
+def _add_bytes(
+    writer: SlabWriter, row_F: torch.Tensor, target: Target, rank: int, has: list[int], gen: torch.Generator
+) -> list[LinearDelta]:
+    padded, count = -(-rank // 16) * 16, len(target.members)
+    a = torch.zeros(count, padded, target.inputs, dtype=torch.int8)
+    b = torch.zeros(target.outputs, padded, dtype=torch.int8)
+    scale, whole = torch.zeros(count, padded), torch.zeros(target.outputs, target.inputs)
+    for m, (start, stop) in enumerate(member_rows(target)):
+        if m in has:
+            a[m, :rank] = torch.randint(-127, 128, (rank, target.inputs), generator=gen)
+            b[start:stop, :rank] = torch.randint(-127, 128, (stop - start, rank), generator=gen)
+            scale[m, :rank] = (torch.rand(rank, generator=gen) + 0.5) * 1e-5
+            whole[start:stop] = matrix(LowRankDelta(a[m] * scale[m, :, None], b[start:stop].float()))
+    row_F[Field.LORA_A] = writer.add(torch.cat([a.flatten().view(torch.uint8), scale.flatten().view(torch.uint8)]))
+    row_F[Field.LORA_B], row_F[Field.RANK] = writer.add(b), padded + BYTES
     return [DenseDelta(whole)]
 
 

@@ -20,6 +20,10 @@ KINDS: dict[str, Spec] = {
     "grown, signs": {"signs": 2, "col": True, "extra": 20},
     "grown, dense": {"dense": True, "extra": 3},
     "rows over signs": {"signs": 1, "rows": 20},
+    "rank 5 of bytes": {"bytes": 5},
+    "rank 40 of bytes": {"bytes": 40},
+    "grown, bytes": {"bytes": 20, "rows": VOCABULARY + 7, "extra": 7},
+    "bytes over signs": {"signs": 1, "bytes": 16},
     "grown, low rank": {"rank": 20, "rows": VOCABULARY + 7, "extra": 7},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.delta_linear import table_reference, triton_low_rank, wide
+from kernels.delta_linear import low_rank_choice, table_reference, wide
 from kernels.device import DeviceDeltas, Field, Target
 from tests.kernels.device_harness import DEVICE, DTYPES, ENTRIES, MIXES, POISON, Rows, Spec, World, rows, world
 
@@ -83,6 +83,6 @@ def check(w: World, target: Target, batch: Rows, max_rank: int) -> None:
 
 
 def run(d: DeviceDeltas, target: Target, x: torch.Tensor, batch: Rows, into: torch.Tensor, max_rank: int) -> None:
-    size = 4 * triton_low_rank.workspace_floats(target, x.shape[0], max_rank)
+    size = 4 * low_rank_choice.workspace_floats(target, x.shape[0], max_rank)
     workspace = torch.full((size,), POISON, dtype=torch.uint8, device=DEVICE)
     wide.low_rank(x, target, d, batch.segments_G4, max_rank, into, workspace)

@@ -125,9 +125,9 @@ def _take_partials(
 def _scratch_bytes(shapes: Shapes, rows: int, logits: int, kinds: StepKinds, wide_step: bool) -> int:
     """Narrow linears need some for low-rank parts alone."""
     needs = [0]
-    if wide_step or kinds.layers.rank:
+    if wide_step or kinds.layers.low_rank:
         layer = (shapes.targets[f"0.{op}"] for op in ("qkv", "o", "gate_up", "down"))
         needs += [wide.workspace_bytes(target, rows, kinds.layers, shapes.dtype) for target in layer]
-    if kinds.head.rank:
+    if kinds.head.low_rank:
         needs.append(wide.workspace_bytes(shapes.targets["head"], logits, kinds.head, shapes.dtype))
     return max(needs)

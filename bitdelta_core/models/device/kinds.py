@@ -13,9 +13,13 @@ from kernels.kept import MAX_BITS
 
 MAX_PLANES = 8
 MAX_RANK = 512
+"""Of factors in the compute dtype"""
+MAX_BYTE_RANK = 4096
+"""Of factors of bytes. x A^T of so many takes 16 KiB for a row and member"""
 _NONE = Kinds()
 _ANY = Kinds(
-    signs=True, columns=True, planes=MAX_PLANES, rank=MAX_RANK, dense=True, rows=True, compact=MAX_BITS
+    signs=True, columns=True, planes=MAX_PLANES, rank=MAX_RANK, dense=True, rows=True, compact=MAX_BITS,
+    byte_rank=MAX_BYTE_RANK,
 )  # fmt: skip
 
 
@@ -46,6 +50,7 @@ def union(kinds: Sequence[Kinds]) -> Kinds:
         compact=max((k.compact for k in kinds), default=0),
         tall=any(k.compact for k in kinds) and all(k.tall for k in kinds if k.compact),
         single=bool(signed) and all(k.single for k in signed),
+        byte_rank=max((k.byte_rank for k in kinds), default=0),
     )
 
 

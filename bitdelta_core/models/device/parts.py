@@ -1,8 +1,8 @@
 """One target's parts of one variant, in the forms that kernels read through the device tables: see `Field`.
 
 Members of a fused target may each have another codec: every form spans the whole target and is zero where it is not
-that codec's turn. Planes: as many as the member with most, zero scales for those that another lacks. Low-rank: the
-highest rank, padded to 16. Column scales: ones for members without.
+that codec's turn. Planes: as many as the member with most, zero scales for those that another lacks. Low-rank parts:
+`factors`. Column scales: ones for members without.
 
 `deltadq` with masks shared by blocks of outputs keeps its compact form (`compact`), of one bit width, group and ratio
 in a target. Quantised values, and the odd numbers and zeros of every other `deltadq`, become sign planes, one for each
@@ -17,18 +17,18 @@ from typing import Literal, Protocol
 
 import torch
 
-from bitdelta_core.delta import deltadq, spectral
+from bitdelta_core.delta import deltadq
 from bitdelta_core.delta.quant import unpack
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.device.bitplanes import bit_planes
 from bitdelta_core.models.device.compact import Compact, compact_members
+from bitdelta_core.models.device.factors import ByteFactors, LowRank, are_bytes, is_low_rank, spectral_factors
 from bitdelta_core.models.device.kinds import MAX_PLANES, MAX_RANK
 from bitdelta_core.models.forms import BaseWeight, Member, Reader, Region, Take, check_finite, whole_rows
 from kernels.device import UNIT, Field, Kinds, Target
 from kernels.fragments import TILE_COLUMNS, TILE_ROWS, pack, tiles
 
-RANK_STEP = 16
 QUANT_ROWS = 16 * TILE_ROWS
 """Rows of quantised values cut into planes at a time: a multiple of every mask block of deltadq"""
 
@@ -64,18 +64,21 @@ def plan(
     for member in members:
         _check_limits(member)
     columns = any(member.entry.scale_layout == "row_col" for member in members)
+    as_bytes = are_bytes(target, outputs, members, dtype)
     by_form: dict[str, list[Member]] = {}
     kept = compact_members(members) if compact else []
     if kept:
         yield Compact.plan(target, outputs, kept, take)
     for member in (m for m in members if m not in kept):
-        by_form.setdefault(_form(member.entry, columns), []).append(member)
+        by_form.setdefault(_form(member.entry, columns, as_bytes), []).append(member)
     for form, group in by_form.items():
         match form:
             case "planes":
                 yield Signs.plan(target, outputs, group, take)
             case "low rank":
                 yield LowRank.plan(target, outputs, group, dtype, take)
+            case "bytes":
+                yield ByteFactors.plan(target, outputs, group, take)
             case "dense":
                 yield Dense(tuple(group), take((outputs, target.inputs), dtype))
     for member in members:
@@ -83,8 +86,11 @@ def plan(
             yield Rows(member, take((whole,), torch.int32), take((whole, target.inputs), dtype))
 
 
-def _form(entry: TensorEntry, columns: bool) -> Literal["planes", "low rank", "dense", "rows"]:
-    """`columns`: whether a member of the target has column scales."""
+def _form(entry: TensorEntry, columns: bool, as_bytes: bool) -> Literal["planes", "low rank", "bytes", "dense", "rows"]:
+    """Args:
+    columns: whether a member of the target has column scales.
+    as_bytes: whether its `spectral` members stay integers.
+    """
     match entry.codec:
         case "bitdelta":
             return "planes"
@@ -93,7 +99,7 @@ def _form(entry: TensorEntry, columns: bool) -> Literal["planes", "low rank", "d
         case "deltadq":
             return "dense" if columns else "planes"
         case "spectral":
-            return "low rank" if _is_low_rank(entry) else "dense"
+            return "bytes" if as_bytes else "low rank" if is_low_rank(entry) else "dense"
         case "lora":
             return "low rank"
         case "dense":
@@ -102,16 +108,6 @@ def _form(entry: TensorEntry, columns: bool) -> Literal["planes", "low rank", "d
             return "rows"
         case _:
             raise DeltaFormatError(f"{entry.name}: codec {entry.codec} has no form on a GPU")
-
-
-def _is_low_rank(entry: TensorEntry) -> bool:
-    """spectral: whether its factors take fewer bytes than their product, and kernels take their rank."""
-    rank = _padded_rank(entry)
-    return rank <= MAX_RANK and rank * (entry.rows + entry.shape[1]) < entry.rows * entry.shape[1]
-
-
-def _padded_rank(entry: TensorEntry) -> int:
-    return -(-entry.rank // RANK_STEP) * RANK_STEP
 
 
 def _whole_rows(entry: TensorEntry) -> int:
@@ -256,55 +252,6 @@ def _half_scales(reader: Reader, entry: TensorEntry) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    target: Target
-    members: tuple[Member, ...]
-    rank: int
-    a: Region
-    b: Region
-
-    @classmethod
-    def plan(cls, target: Target, outputs: int, members: Sequence[Member], dtype: torch.dtype, take: Take) -> LowRank:
-        rank = max(_padded_rank(member.entry) for member in members)
-        a = take((len(target.members), rank, target.inputs), dtype)
-        return cls(target, tuple(members), rank, a, take((outputs, rank), dtype))
-
-    @property
-    def fields(self) -> Mapping[Field, int]:
-        return {Field.LORA_A: _unit(self.a), Field.LORA_B: _unit(self.b), Field.RANK: self.rank}
-
-    @property
-    def kinds(self) -> Kinds:
-        return Kinds(rank=self.rank)
-
-    def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
-        a_mrK, b_Nr = self.a.view(buffer).zero_(), self.b.view(buffer).zero_()
-        for member in self.members:
-            entry, start = member.entry, member.place.start
-            values_a, values_b, part_a, part_b = _factors(reader, entry)
-            own_a = a_mrK[self.target.members.index(start), : entry.rank]
-            own_b = b_Nr[start : start + values_b.shape[0], : entry.rank]
-            own_a.copy_(values_a)
-            check_finite(own_a, entry, part_a)
-            own_b.copy_(values_b)
-            check_finite(own_b, entry, part_b)
-
-
-def _factors(reader: Reader, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor, str, str]:
-    """A, B with everything that scales them, and the parts to blame for them."""
-    if entry.codec == "lora":
-        scaled_Nr = reader.part(entry, "lora_B").float() * entry.scaling
-        return reader.part(entry, "lora_A"), scaled_Nr, "lora_A", "lora_B"
-    a_rK, b_Nr, scale_r = _spectral_factors(reader, entry)
-    split_r = 2.0 ** (scale_r.log2() / 2).floor()  # a power of two: A keeps its integers exactly, in any dtype
-    return a_rK.float() * split_r[:, None], b_Nr.float() * (scale_r / split_r), "scale", "scale"
-
-
-def _spectral_factors(reader: Reader, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return spectral.factors(entry, {part: reader.part(entry, part) for part in entry.parts() if part != "extra"})
-
-
-@dataclass(frozen=True, slots=True)
 class Dense:
     """Differences; rows beyond the base's stay whole, the base counting as zero there."""
 
@@ -334,7 +281,7 @@ class Dense:
 def _difference(reader: Reader, entry: TensorEntry, base: BaseWeight) -> torch.Tensor:
     """float32 [N, K]"""
     if entry.codec == "spectral":
-        a_rK, b_Nr, scale_r = _spectral_factors(reader, entry)
+        a_rK, b_Nr, scale_r = spectral_factors(reader, entry)
         return (b_Nr.float() * scale_r) @ a_rK.float()
     if entry.codec == "deltadq":
         return deltadq.expand(entry, reader.part(entry, "code")) * _half_scales(reader, entry)[:, None]
