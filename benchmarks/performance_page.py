@@ -155,8 +155,9 @@ def load_table(results: Results) -> str:
 
 
 def startup_table(results: Results) -> str:
-    records = results.latest("startup", ("shape", "kind"), case="startup")
-    stages = ("imports", "device", "weights", "hash", "tokenizer", "memory_plan", "memory", "self_check", "graphs")
+    found = results.latest("startup", ("shape", "kind", "compiled"), case="startup")
+    records = list({(r["shape"], r["kind"], r["compiled"] > 0): r for r in found}.values())
+    stages = ("imports", "device", "weights", "hash", "tokenizer", "memory_plan", "memory", "kernels", "graphs")
     heads = ("model", "to the first token, s", *(f"{stage.replace('_', ' ')}, s" for stage in stages))
     rows = [
         (
