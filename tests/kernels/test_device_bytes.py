@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from kernels.delta_linear import low_rank_choice, table_reference, wide
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.delta_linear.low_rank_choice import LowRankConfig
+from kernels.delta_linear.triton_bytes import _TO_BF16, _TO_FP16
 from kernels.device import Field, Kinds, Target
 from tests.kernels.device_harness import DEVICE, DTYPES, MIXES, POISON, Rows, Spec, World, poisoned, rows, world
 
@@ -68,6 +70,46 @@ def test_settings(split: int) -> None:
     for block, outputs, ranks in ((16, 16, 16), (64, 128, 64), (32, 64, 32)):
         config = LowRankConfig(split, 16, block, 64, 2, 3, 2, outputs, 4, ranks)
         check(w, FUSED, rows([1] * 19 + [3, 5, 6]), config)
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype"), [(_TO_BF16.value, torch.bfloat16), (_TO_FP16.value, torch.float16)], ids=["bf16", "fp16"]
+)
+def test_conversions_are_what_their_assembly_does(source: str, dtype: torch.dtype) -> None:
+    """Every byte, instruction by instruction as the PTX ISA defines them: the interpreter runs no assembly."""
+    values = np.arange(-128, 128, dtype=np.int8)
+    words = run_ptx(source, values.view(np.uint32), dtype)
+    found = torch.from_numpy(np.stack([words["$0"], words["$1"]], 1).view(np.int16).reshape(-1).copy()).view(dtype)
+    assert found.tolist() == values.tolist()
+
+
+def run_ptx(source: str, given: np.ndarray, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Registers at the end, uint32; `given` is $2."""
+    held = {"$2": given}
+    for line in source.replace("{", "").replace("}", "").split(";"):
+        if not line.strip() or line.strip().startswith(".reg"):
+            continue
+        op, operands = line.split(None, 1)
+        out, *names = (operand.strip() for operand in operands.split(","))
+        inputs = [held[n] if n in held else np.full_like(given, int(n, 0)) for n in names]
+        match op:
+            case "mov.b32":
+                held[out] = inputs[0]
+            case "and.b32":
+                held[out] = inputs[0] & inputs[1]
+            case "xor.b32":
+                held[out] = inputs[0] ^ inputs[1]
+            case "prmt.b32":
+                eight = np.concatenate([word.view(np.uint8).reshape(-1, 4) for word in inputs[:2]], 1)
+                chosen = [eight[:, inputs[2][0] >> 4 * i & 7] for i in range(4)]
+                held[out] = np.stack(chosen, 1).copy().view(np.uint32)[:, 0]
+            case "fma.rn.bf16x2" | "add.rn.f16x2":
+                numbers = [torch.from_numpy(word.view(np.int16).copy()).view(dtype).double() for word in inputs]
+                exact = numbers[0] * numbers[1] + numbers[2] if op.startswith("fma") else numbers[0] + numbers[1]
+                held[out] = exact.to(dtype).view(torch.int16).numpy().view(np.uint32)
+            case _:
+                raise AssertionError(f"not emulated: {line}")
+    return held
 
 
 def test_integers_are_exact() -> None:
