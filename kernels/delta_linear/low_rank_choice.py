@@ -91,7 +91,7 @@ def most_splits(target: Target, rows: int, max_rank: int) -> int:
     most = 16 if width <= 32 else 8 if width <= 128 else 4 if width <= 512 else 2
     if rows > MANY_ROWS:
         most //= 2
-    return 2 ** (max(1, min(most, target.inputs // 256)).bit_length() - 1)
+    return _power_of_two(min(most, target.inputs // 256))
 
 
 def byte_key(target: Target, segments: int, rank: int, longest: int) -> str:
@@ -138,8 +138,9 @@ def byte_candidates(target: Target, rows: int, segments: int, rank: int) -> list
     found = [chosen]
     if chosen.split > 1:
         found.append(replace(chosen, split=chosen.split // 2))
-    if 2 * chosen.split * rows * len(target.members) * rank <= SPLIT_FLOATS:
-        found.append(replace(chosen, split=chosen.split * 2))
+    twice = 2 * chosen.split
+    if twice <= most_byte_splits(target) and twice * rows * len(target.members) * rank <= SPLIT_FLOATS:
+        found.append(replace(chosen, split=twice))
     found += [replace(chosen, inner=inner, stages=stages) for inner, stages in ((64, 6), (256, 3), (128, 6))]
     found += [
         replace(chosen, rank_block=32, blocks=2 * chosen.blocks, outputs=outputs, warps=2) for outputs in (32, 64)
@@ -150,7 +151,16 @@ def byte_candidates(target: Target, rows: int, segments: int, rank: int) -> list
 def byte_splits(target: Target, rows: int, width: int, programs: int) -> int:
     """A power of two. `programs`: that there are without splitting."""
     room = SPLIT_FLOATS // max(1, rows * width)
-    return 2 ** (max(1, min(8, target.inputs // 256, _PROGRAMS // programs, room)).bit_length() - 1)
+    return _power_of_two(min(most_byte_splits(target), _PROGRAMS // programs, room))
+
+
+def most_byte_splits(target: Target) -> int:
+    return _power_of_two(min(8, target.inputs // 256))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest up to `most`, at least 1."""
+    return 2 ** (max(1, most).bit_length() - 1)
 
 
 def byte_rank(target: Target, highest: int) -> int:
@@ -166,4 +176,5 @@ def workspace_floats(target: Target, rows: int, max_rank: int, highest_bytes: in
     if not highest_bytes:
         return words
     rank = max(max_rank, byte_rank(target, highest_bytes))
-    return max(words, SPLIT_FLOATS, min(rows, BYTE_ROWS) * members * rank)
+    once = min(rows, BYTE_ROWS) * members * rank
+    return max(words, once, min(SPLIT_FLOATS, most_byte_splits(target) * once))

@@ -4,27 +4,28 @@ The factor is the left operand: 16 of its rows to an instruction for 8 of x, as 
 """
 
 # Triton's language is not Python's:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
-# Four bytes b to four numbers, exactly. bfloat16 has seven bits behind its leading one: 128 + the low seven bits of b,
-# less 128, or 256 where b is negative. float16 has ten: 1024 + (b + 128), less 1152. Conversions of the language go
-# through float32, at a quarter or an eighth of the rate of these.
-_TO_BF16 = tl.constexpr("""{ .reg .b32 low, high, one, x, y;
-mov.b32 one, 0x3F803F80;
-and.b32 low, $2, 0x7F7F7F7F;
-and.b32 high, $2, 0x80808080;
-prmt.b32 x, low, 0x43434343, 0x4140;
-prmt.b32 y, high, 0xC3C3C3C3, 0x4140;
-fma.rn.bf16x2 $0, x, one, y;
-prmt.b32 x, low, 0x43434343, 0x4342;
-prmt.b32 y, high, 0xC3C3C3C3, 0x4342;
-fma.rn.bf16x2 $1, x, one, y; }""")
+# Four bytes b to four numbers, exactly. bfloat16 has seven bits behind its leading one: 128 + the low seven bits of b
+# less 128, or 256 where b is negative (its highest bit is the exponent's lowest). float16 has ten: 1024 + b + 128 less
+# 1152. The language has the like for bfloat16 on Hopper; else it goes through float32, one byte at a time.
+_TO_BF16 = tl.constexpr("""{ .reg .b32 x, low, high, minus;
+mov.b32 minus, 0xBF80BF80;
+prmt.b32 x, $2, 0x43, 0x4140;
+and.b32 low, x, 0xFF7FFF7F;
+and.b32 high, x, 0xFF80FF80;
+fma.rn.bf16x2 $0, high, minus, low;
+prmt.b32 x, $2, 0x43, 0x4342;
+and.b32 low, x, 0xFF7FFF7F;
+and.b32 high, x, 0xFF80FF80;
+fma.rn.bf16x2 $1, high, minus, low; }""")
 _TO_FP16 = tl.constexpr("""{ .reg .b32 moved, less, x;
 mov.b32 less, 0xE480E480;
 xor.b32 moved, $2, 0x80808080;
@@ -36,12 +37,14 @@ add.rn.f16x2 $1, x, less; }""")
 
 @triton.jit
 def numbers(q, like, PACKED: tl.constexpr):
-    """int8 in the type of `like`. PACKED: four at a time, by assembly."""
-    if PACKED:
-        ASM: tl.constexpr = _TO_BF16 if like.dtype == tl.bfloat16 else _TO_FP16
-        found = tl.inline_asm_elementwise(ASM, "=r,=r,r", [q], dtype=like.dtype, is_pure=True, pack=4)
+    """int8 in the type of `like`. PACKED: by assembly, where that is faster."""
+    dtype: tl.constexpr = like.dtype
+    HOPPER: tl.constexpr = cuda_capability_geq(9, 0)
+    if not PACKED or (HOPPER and dtype == tl.bfloat16):
+        found = q.to(dtype)
     else:
-        found = q.to(like.dtype)
+        ASM: tl.constexpr = _TO_BF16 if dtype == tl.bfloat16 else _TO_FP16
+        found = tl.inline_asm_elementwise(ASM, "=r,=r,r", [q], dtype=like.dtype, is_pure=True, pack=4)
     return found
 
 

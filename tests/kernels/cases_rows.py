@@ -84,7 +84,9 @@ CASES = [
     Case("embed 4096", lambda: _embed(16, 4096, Kinds()), FIRST),
     Case(
         "embed 4096, all kinds",
-        lambda: _embed(16, 4096, Kinds(signs=True, columns=True, planes=2, rank=32, dense=True, rows=True)),
+        lambda: _embed(
+            16, 4096, Kinds(signs=True, columns=True, planes=2, rank=32, dense=True, rows=True, byte_rank=32)
+        ),
         FIRST,
     ),
 ]

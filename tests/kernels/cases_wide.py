@@ -78,8 +78,8 @@ def _rows() -> None:
 MIXED = triton_product.ProductConfig(128, stages=2)
 SIGNS = Kinds(signs=True)
 ASYNC = "LDGSTS.E.BYPASS.128"
-BYTES = {80: ("HMMA.16816", "HFMA2.BF16", ASYNC), 90: ("HMMA.16816", "HADD2.BF16", ASYNC)}
-"""Conversions in pairs, none by way of float32"""
+BYTES = {80: ("HMMA.16816", "HFMA2.BF16", ASYNC), 90: ("MMA", "HADD2.BF16", ASYNC)}
+"""Conversions by pairs of 16 bits"""
 CASES = [
     Case("wide merge", lambda: _merge(QKV, SIGNS), {90: ("LDG.E.128", "STG.E.128")}),
     Case("wide merge, all", lambda: _merge(QKV, Kinds(True, True, 2, 64, True))),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from kernels.delta_linear import low_rank_choice, table_reference, wide
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.delta_linear.low_rank_choice import LowRankConfig
+from kernels.delta_linear.triton_bytes import _TO_BF16, _TO_FP16
 from kernels.device import Field, Kinds, Target
 from tests.kernels.device_harness import DEVICE, DTYPES, MIXES, POISON, Rows, Spec, World, poisoned, rows, world
 
@@ -68,6 +70,46 @@ def test_settings(split: int) -> None:
     for block, outputs, ranks in ((16, 16, 16), (64, 128, 64), (32, 64, 32)):
         config = LowRankConfig(split, 16, block, 64, 2, 3, 2, outputs, 4, ranks)
         check(w, FUSED, rows([1] * 19 + [3, 5, 6]), config)
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype"), [(_TO_BF16.value, torch.bfloat16), (_TO_FP16.value, torch.float16)], ids=["bf16", "fp16"]
+)
+def test_conversions_are_what_their_assembly_does(source: str, dtype: torch.dtype) -> None:
+    """Every byte, instruction by instruction as the PTX ISA defines them: the interpreter runs no assembly."""
+    values = np.arange(-128, 128, dtype=np.int8)
+    words = run_ptx(source, values.view(np.uint32), dtype)
+    found = torch.from_numpy(np.stack([words["$0"], words["$1"]], 1).view(np.int16).reshape(-1).copy()).view(dtype)
+    assert found.tolist() == values.tolist()
+
+
+def run_ptx(source: str, given: np.ndarray, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Registers at the end, uint32; `given` is $2."""
+    held = {"$2": given}
+    for line in source.replace("{", "").replace("}", "").split(";"):
+        if not line.strip() or line.strip().startswith(".reg"):
+            continue
+        op, operands = line.split(None, 1)
+        out, *names = (operand.strip() for operand in operands.split(","))
+        inputs = [held[n] if n in held else np.full_like(given, int(n, 0)) for n in names]
+        match op:
+            case "mov.b32":
+                held[out] = inputs[0]
+            case "and.b32":
+                held[out] = inputs[0] & inputs[1]
+            case "xor.b32":
+                held[out] = inputs[0] ^ inputs[1]
+            case "prmt.b32":
+                eight = np.concatenate([word.view(np.uint8).reshape(-1, 4) for word in inputs[:2]], 1)
+                chosen = [eight[:, inputs[2][0] >> 4 * i & 7] for i in range(4)]
+                held[out] = np.stack(chosen, 1).copy().view(np.uint32)[:, 0]
+            case "fma.rn.bf16x2" | "add.rn.f16x2":
+                numbers = [torch.from_numpy(word.view(np.int16).copy()).view(dtype).double() for word in inputs]
+                exact = numbers[0] * numbers[1] + numbers[2] if op.startswith("fma") else numbers[0] + numbers[1]
+                held[out] = exact.to(dtype).view(torch.int16).numpy().view(np.uint32)
+            case _:
+                raise AssertionError(f"not emulated: {line}")
+    return held
 
 
 def test_integers_are_exact() -> None:
@@ -165,8 +207,8 @@ def test_workspace_is_bounded_and_enough() -> None:
         for count in {1, 2, 3, 8, 33, 64, 200, 256, 1024} & set(range(most + 1)):
             for rank in (16, 64, 256, 2048, 4096):
                 for segments in {1, 5, count}:
-                    config = low_rank_choice.byte_rule(qkv, count, segments, rank, 8)
-                    assert config.split * count * 3 * rank <= planned
+                    for config in low_rank_choice.byte_candidates(qkv, count, segments, rank):
+                        assert config.split * count * 3 * rank <= planned
 
 
 def check(
@@ -197,6 +239,7 @@ def run(
 ) -> None:
     kinds = kinds or w.kinds()
     size = 4 * low_rank_choice.workspace_floats(target, x.shape[0], kinds.rank, kinds.byte_rank)
+    size *= config.split if config else 1  # settings that the rule would not choose for so little
     workspace = torch.full((size,), POISON, dtype=torch.uint8, device=DEVICE)
     wide.low_rank(
         x, target, w.deltas, batch.segments_G4, kinds.rank, into, workspace, byte_rank=kinds.byte_rank, config=config
