@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bitdelta_core.engine import heap
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, SamplingParams, TokenEvent
 from bitdelta_core.engine.completion import Completion, Prompt, collect, normalise
 from bitdelta_core.engine.config import EngineConfig
@@ -60,6 +61,8 @@ class Engine:
         except BaseException:
             self._base.loader.close()
             raise
+        self._closed = False
+        heap.set_aside()
         log.info("engine on %s, %s\n%s", model_path, self._base.stages.line(), self.memory.table())
 
     @property
@@ -166,6 +169,9 @@ class Engine:
     def close(self) -> None:
         """Stop the thread. Whoever still waits gets EngineDead."""
         self._thread.close()
+        if not self._closed:
+            self._closed = True
+            heap.take_back()
 
     def __enter__(self) -> Engine:
         return self
