@@ -22,8 +22,8 @@ PIECE = 8 * 2**20
 PINNED_AT_ONCE = 8 * PIECE
 """Bytes of host memory: pinning holds the driver, and what a step launches waits for it. Whole pieces, because no copy
 may cross from one pinned range into the next."""
-WARM_UPS = 2
-"""Runs before a capture: kernels are compiled and loaded, libraries take their workspaces."""
+WARM_UPS = 1
+"""Runs before a capture: kernels are loaded, libraries take their workspaces"""
 
 
 class Mark(Protocol):

@@ -154,23 +154,27 @@ class DeviceRunner:
     def launch_each(self, kinds: Sequence[StepKinds] = ()) -> None:
         """What `warm_up` launches, once and without graphs: for `kernels.compiling.together`."""
         with self._accelerator.in_steps():
-            self._launch_wide(kinds)
+            self._launch_wide(kinds, PROMPTS)
             for shape in self.graphs.expected(kinds):
                 self._launch_decode(shape)
 
     @torch.inference_mode()
-    def warm_up(self, kinds: Sequence[StepKinds] = ()) -> None:
+    def warm_up(self, kinds: Sequence[StepKinds] = (), *, prompts: Sequence[tuple[int, int]] = PROMPTS) -> None:
         """The largest wide pass and those with which kernels change, then graphs: of the bare base and of variants with
-        these kinds of deltas. All rows are padding, which nobody reads."""
+        these kinds of deltas. All rows are padding, which nobody reads.
+
+        Args:
+            prompts: rows, and rows with logits, of the wide passes.
+        """
         with self._accelerator.in_steps():
-            self._launch_wide(kinds)
+            self._launch_wide(kinds, prompts)
             for buffers in self._narrow.values():
                 self._pad(buffers)
             self.graphs.capture_all(kinds)
 
-    def _launch_wide(self, kinds: Sequence[StepKinds]) -> None:
+    def _launch_wide(self, kinds: Sequence[StepKinds], prompts: Sequence[tuple[int, int]]) -> None:
         for known in dict.fromkeys((StepKinds(), *kinds)):
-            for rows, logits in PROMPTS:
+            for rows, logits in prompts:
                 self._warm_up_wide(min(rows, self._limits.rows), logits, known)
 
     def _warm_up_wide(self, rows: int, logits: int, kinds: StepKinds) -> None:

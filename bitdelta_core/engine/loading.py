@@ -18,6 +18,7 @@ from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.core import EngineCore
 from bitdelta_core.engine.delta_loader import DeltaLoader, LoadableDelta, ProcessLoader, ThreadLoader
+from bitdelta_core.engine.expected import UsualDelta
 from bitdelta_core.engine.host_buffers import HostBuffer
 from bitdelta_core.engine.layouts import Layout, LayoutRule
 from bitdelta_core.engine.loader_processes import LoaderProcesses
@@ -77,6 +78,12 @@ class LoadedBase:
         reader = open_delta(path, expected_base_sha256=self.sha256, base_shapes=self.shapes)
         return self.rule.plan(reader.config)
 
+    def expected(self, config: EngineConfig) -> list[Layout]:
+        """Of variants to prepare for. Without graphs there is nothing to prepare unless some are named."""
+        if config.cuda_graph_deltas or self.rule.decoder != "device":
+            return [self.plan(Path(path)) for path in config.cuda_graph_deltas]
+        return [self.rule.plan(UsualDelta.of(self.model))]
+
     def _loader(self, checkpoint: Checkpoint, config: EngineConfig) -> DeltaLoader:
         if not config.loads_in_processes:
             return ThreadLoader(self.rule, self.sha256, self.shapes, self.weights)
@@ -117,7 +124,7 @@ class OpenedVariant:
 
 def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None]) -> EngineCore:
     """Take the memory and wire the parts."""
-    expected = [base.plan(Path(path)) for path in config.cuda_graph_deltas]
+    expected = base.expected(config)
     parts = base.backend.build(config, base.memory, base.max_model_len, expected, base.stages)
     base.memory = memory = parts.memory
     blocks = BlockManager(memory.num_kv_blocks, memory.block_size, prefix_caching=config.enable_prefix_caching)
