@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument("--variants", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of the base alone")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 512, 4096], help="the first is the peers'")
-    parser.add_argument("--kinds", nargs="+", choices=("row", "row_col", "lora"), default=["row"])
+    parser.add_argument("--kinds", nargs="+", choices=("row", "row_col", "lora", "auto"), default=["row"])
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--peer-seconds", type=float, default=90.0, help="of one peer at one batch, compiling included")

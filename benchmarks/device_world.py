@@ -15,6 +15,7 @@ from synthetic import Kind, Shape
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.device.decoder import DeviceDecoder
+from bitdelta_core.models.device.factors import ByteFactors
 from bitdelta_core.models.device.kinds import StepKinds, single
 from bitdelta_core.models.device.kv_cache import DeviceKVCache
 from bitdelta_core.models.device.layout import DeviceLayout, widest_vocabulary
@@ -81,7 +82,11 @@ class World:
         if not self.variants:
             return
         host = torch.zeros(self.layout.nbytes, dtype=torch.uint8)
-        self.layout.fill(delta, host, self.decoder.weights)
+        for part in self.layout.parts:
+            if isinstance(part, ByteFactors):
+                _fill_factors(part, host)
+            else:
+                part.fill(delta, host, self.weights.linear_weight)
         one = host.to(self.device)
         for slot in range(self.variants):
             at = start + slot * self.layout.nbytes
@@ -97,6 +102,14 @@ class World:
     def kv_bytes(self, rows: int, context: int) -> int:
         c = self.config
         return rows * context * c.num_layers * 2 * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+
+
+def _fill_factors(part: ByteFactors, host: torch.Tensor) -> None:
+    """Small integers, and scales; nothing is decoded, which takes longer than all else here."""
+    part.b.view(host).random_(-3, 4)
+    a, values = part.a.view(host), len(part.target.members) * part.rank * part.target.inputs
+    a[:values].random_(-3, 4)
+    a[values:].view(torch.float32).fill_(1e-4)
 
 
 class DecodeStep:

@@ -26,7 +26,9 @@ from bitdelta_core.delta.writer import write
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
 
-Kind = Literal["tensor", "row", "row_col", "lora", "dense"]
+Kind = Literal["tensor", "row", "row_col", "lora", "dense", "auto"]
+AUTO_SHARE = 16
+"""auto: one of so many components. It keeps about that at an eighth of a bit (docs/delta-format.md)"""
 NO_BASE = "0" * 64
 """The hash of weights that are in no file."""
 
@@ -138,7 +140,12 @@ def entries(
     found = []
     for name, place in Parameters.of(config).linears.items():
         shape = (place.rows, place.columns)
-        if name in (EMBED, HEAD):
+        if kind == "auto":
+            share = max(1, min(shape) // AUTO_SHARE)
+            found.append(
+                TensorEntry(name=name, shape=shape, codec="spectral", rank=share, rows=place.rows, code_bytes=1)
+            )
+        elif name in (EMBED, HEAD):
             if kind not in ("lora", "dense"):
                 found.append(TensorEntry(name=name, shape=shape, codec="quant", bits=head_bits, rows=place.rows))
         elif kind == "lora":
@@ -162,7 +169,11 @@ def random_part(dtype: torch.dtype, shape: tuple[int, ...], generator: torch.Gen
 def write_delta(
     base: Path | ModelConfig, out: Path, kind: Kind, *, seed: int = 0, planes: int = 1, rank: int = 16
 ) -> Path:
-    """A delta of random numbers for a checkpoint; or for a model of which there are no files, with NO_BASE's hash."""
+    """A delta of random numbers for a checkpoint; or for a model of which there are no files, with NO_BASE's hash.
+
+    Not of kind auto: random bytes are no code.
+    """
+    assert kind != "auto"
     model, sha256, name = base, NO_BASE, ""
     if isinstance(base, Path):
         checkpoint = Checkpoint(base)
