@@ -126,5 +126,5 @@ class EngineStats:
     delta_evictions_total: int = 0
     steps_total: int = 0
     kernels_compiled_total: int = 0
-    """Of this process, its start included. Each was a pause of seconds."""
+    """Of this process, those of the start included. After it, each was a pause of seconds."""
     kernel_compile_seconds_total: float = 0.0

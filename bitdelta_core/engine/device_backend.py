@@ -14,7 +14,7 @@ from bitdelta_core.engine import compilations
 from bitdelta_core.engine.accelerator import Accelerator, Plain
 from bitdelta_core.engine.backend import Parts, weight_bytes
 from bitdelta_core.engine.config import EngineConfig
-from bitdelta_core.engine.device_runner import PROMPTS, DeviceRunner, Limits
+from bitdelta_core.engine.device_runner import DeviceRunner, Limits
 from bitdelta_core.engine.memory import GRAPH_RESERVE, GRAPHS_RESERVE, Fixed, MemoryPlan
 from bitdelta_core.engine.slab import Slab
 from bitdelta_core.engine.startup import Stages
@@ -101,13 +101,12 @@ class DeviceBackend:
         accelerator.synchronize()  # what was written so far was not written in the order of steps
         free = accelerator.free_bytes()
         kinds = [layout.kinds for layout in expected] if memory.slots else []
-        compiles = memory.device.type == "cuda"
-        if compiles:
+        if memory.device.type == "cuda":
             with decoder.few_layers(), together(min(MOST_COMPILERS, os.cpu_count() or 1)):
                 runner.launch_each(kinds)
             accelerator.synchronize()
             stages.ended("kernels")
-        runner.warm_up(kinds, prompts=PROMPTS if compiles else PROMPTS[:1])
+        runner.warm_up(kinds)
         compilations.expect(False)
         accelerator.synchronize()
         stages.ended("graphs")

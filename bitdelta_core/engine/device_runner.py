@@ -152,36 +152,31 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def launch_each(self, kinds: Sequence[StepKinds] = ()) -> None:
-        """What `warm_up` launches, once and without graphs: for `kernels.compiling.together`."""
+        """Every size of prompt at which kernels change, and all that `warm_up` captures, for the bare base and variants
+        with these kinds of deltas: once, without graphs, so that `kernels.compiling.together` compiles it."""
         with self._accelerator.in_steps():
-            self._launch_wide(kinds, PROMPTS)
+            for known in dict.fromkeys((StepKinds(), *kinds)):
+                for rows, logits in PROMPTS:
+                    self._launch_wide(rows, logits, known)
             for shape in self.graphs.expected(kinds):
                 self._launch_decode(shape)
 
     @torch.inference_mode()
-    def warm_up(self, kinds: Sequence[StepKinds] = (), *, prompts: Sequence[tuple[int, int]] = PROMPTS) -> None:
-        """The largest wide pass and those with which kernels change, then graphs: of the bare base and of variants with
-        these kinds of deltas. All rows are padding, which nobody reads.
-
-        Args:
-            prompts: rows, and rows with logits, of the wide passes.
-        """
+    def warm_up(self, kinds: Sequence[StepKinds] = ()) -> None:
+        """The largest wide pass, then the graphs of the bare base and of variants with these kinds of deltas. All rows
+        are padding, which nobody reads."""
         with self._accelerator.in_steps():
-            self._launch_wide(kinds, prompts)
+            self._launch_wide(self._limits.rows, 1, StepKinds())
             for buffers in self._narrow.values():
                 self._pad(buffers)
             self.graphs.capture_all(kinds)
 
-    def _launch_wide(self, kinds: Sequence[StepKinds], prompts: Sequence[tuple[int, int]]) -> None:
-        for known in dict.fromkeys((StepKinds(), *kinds)):
-            for rows, logits in prompts:
-                self._warm_up_wide(min(rows, self._limits.rows), logits, known)
-
-    def _warm_up_wide(self, rows: int, logits: int, kinds: StepKinds) -> None:
+    def _launch_wide(self, rows: int, logits: int, kinds: StepKinds) -> None:
         """One sequence, all of whose blocks are block 0. Its products look for the parts of an entry that has none yet;
         all else is the base's, whose numbers are finite."""
         limits, host = self._limits, self._wide.begin()
-        count, logits = min(rows, limits.blocks * limits.block_size), min(logits, limits.wide.logits)
+        count = min(rows, limits.rows, limits.blocks * limits.block_size)
+        logits = min(logits, limits.wide.logits)
         segments = [(0 if kinds == StepKinds() else _VOID, 0, count)]
         tiles = row_tiles(segments)
         host.tiles_I4[: len(tiles)] = tiles

@@ -79,7 +79,7 @@ class LoadedBase:
         return self.rule.plan(reader.config)
 
     def expected(self, config: EngineConfig) -> list[Layout]:
-        """Of variants to prepare for. Without graphs there is nothing to prepare unless some are named."""
+        """Of variants to prepare for. The torch decoder prepares host buffers alone, and for those that are named."""
         if config.cuda_graph_deltas or self.rule.decoder != "device":
             return [self.plan(Path(path)) for path in config.cuda_graph_deltas]
         return [self.rule.plan(UsualDelta.of(self.model))]

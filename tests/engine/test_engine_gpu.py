@@ -3,6 +3,8 @@
 Logits in float32 on the CPU and 16 bits on the GPU differ, so answers are compared by how good the GPU's tokens are
 in the CPU's eyes, and word for word among the ways of the GPU that launch the same kernels. How good they must be
 follows the variant: `limit`, which no other variant's answers keep.
+
+These tests want the GPU to themselves: beside others on it, its memory is not what the table says.
 """
 
 from __future__ import annotations

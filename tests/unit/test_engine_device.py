@@ -108,7 +108,7 @@ def test_a_start_computes_every_size_of_prompt_with_what_is_expected(monkeypatch
     monkeypatch.setattr(decoder, "prefill", noting)
     monkeypatch.setattr(tables, "extents", {1: torch.zeros(64, dtype=torch.uint8)})
     expected = StepKinds(Kinds(signs=True), Kinds(), Kinds(signs=True))
-    runner.warm_up([expected])
+    runner.launch_each([expected])
     for kinds in (StepKinds(), expected):
         sizes = [(rows, logits) for rows, logits, found in seen if found == kinds]
         assert sizes == [(min(rows, 500), min(logits, 256)) for rows, logits in PROMPTS]
