@@ -35,11 +35,12 @@ _COL = tl.constexpr(int(Field.COL))
 _PLANES = tl.constexpr(int(Field.PLANES))
 _FIELDS = tl.constexpr(FIELDS)
 _FLOATS = tl.constexpr(UNIT // 4)
-_WARPS = 4
-_NARROW = 4096
-"""Columns of a row, up to which programs that write planes have so many warps; beyond, twice as many"""
 _FEW = 32
 """Rows, up to which there are multiprocessors to spare for several programs a row"""
+_SLICES = 8
+"""Of each of few rows"""
+_COLUMNS = 512
+"""Of the row, for each warp: 16 in a thread"""
 _MOST_WARPS = 16
 
 
@@ -212,11 +213,14 @@ def padded(columns: int) -> int:
     return max(TILE_COLUMNS, triton.next_power_of_2(columns))
 
 
-def slice_warps(rows: int, inputs: int) -> int:
-    """Of a program that writes planes: each packs a block of 256 columns, and all go over the whole row. So fewer warps
-    are more programs, each with more of the row in a thread."""
-    wanted = _MOST_WARPS if rows > _FEW else _WARPS if inputs <= _NARROW else 2 * _WARPS
-    return min(wanted, padded(inputs) // TILE_COLUMNS)
+def slices(rows: int, inputs: int) -> tuple[int, int]:
+    """(columns, warps) of a program that writes planes. Each goes over the whole row, which takes longer than its slice:
+    with all loads of a thread under way at once, and of many rows few times."""
+    row = padded(inputs)
+    if rows > _FEW:
+        warps = min(_MOST_WARPS, row // TILE_COLUMNS)
+        return warps * TILE_COLUMNS, warps
+    return max(TILE_COLUMNS, row // _SLICES), max(1, min(_MOST_WARPS, row // _COLUMNS))
 
 
 def prepare_planes(
@@ -235,13 +239,13 @@ def prepare_planes(
     sets other than 0 of rows without column scales.
 
     Args:
-        parts: about how many programs share a row; None: as `slice_warps` says.
+        parts: about how many programs share a row; None: as `slices` says.
     """
     rows, inputs = x_TK.shape
     assert x_TK.is_contiguous()
     assert inputs == target.inputs <= MAX_INPUTS, f"{inputs} inputs, the target has {target.inputs}"
-    warps, table, pdl = slice_warps(rows, inputs), deltas.table_EJF, launches.early(x_TK)
-    width = warps * TILE_COLUMNS if parts is None else padded(triton.cdiv(inputs, parts))
+    (width, warps), table, pdl = slices(rows, inputs), deltas.table_EJF, launches.early(x_TK)
+    width = width if parts is None else padded(triton.cdiv(inputs, parts))
     _prepare[(rows, triton.cdiv(inputs, width))](
         x_TK, planes.words_CTW, planes.scale_CT, planes.sum_CT, deltas.slab.view(torch.float32), table, entry_T,
         target.index, table.shape[1], planes.words_CTW.stride(0), planes.scale_CT.stride(0), K=inputs,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels.device import UNIT, DeviceDeltas, Kinds, Partials, Planes, Target
-from kernels.fragments import TILE_COLUMNS, tiles
-from kernels.planes import MAX_INPUTS, slice_warps
+from kernels.fragments import tiles
+from kernels.planes import MAX_INPUTS, slices
 
 _UNIT_BITS = tl.constexpr(UNIT * 8)
 
@@ -60,8 +60,8 @@ def plane_arguments(
         planes.words_CTW.stride(0),
         planes.scale_CT.stride(0),
     ]
-    warps = slice_warps(rows, inputs)
-    constants = {"PLANES": True, "MEMBERS": len(target.members), "COLUMNS": kinds.columns, "KS": warps * TILE_COLUMNS}
+    width, warps = slices(rows, inputs)
+    constants = {"PLANES": True, "MEMBERS": len(target.members), "COLUMNS": kinds.columns, "KS": width}
     return arguments, constants, warps
 
 

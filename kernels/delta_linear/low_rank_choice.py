@@ -18,10 +18,10 @@ BYTE_ROWS = 1024
 """Rows of prefill whose x A^T is in the workspace at once, where factors are bytes"""
 SPLIT_FLOATS = 2**18
 """K is not split where the partial sums of byte factors would take more: 1 MiB"""
-_PROGRAMS = 1024
-"""Of byte factors: three of a multiprocessor run at once, so these are two rounds or more"""
-_FEW = 1024
-"""Rows of A of all segments, up to which programs are made smaller"""
+_PROGRAMS = 512
+"""Of byte factors, up to which K is split: expand reads what every split has left, and splits for more were slower"""
+_FULL, _FEW = 1024, 64
+"""Programs of expand, from which they are made larger, and up to which smaller"""
 _MOST_PROGRAMS = 8192
 """Of one launch of shrink: those of short ranks end at once, but not for nothing"""
 
@@ -113,11 +113,10 @@ def choose_bytes(
 
 
 def byte_rule(target: Target, rows: int, segments: int, rank: int, longest: int) -> LowRankConfig:
-    """A program has 64 rows of A: 8 KiB for 128 inputs, beside 2 KiB of x for eight rows, the most that a segment of a
-    decode step has. K is split where the rows of A alone do not fill a GPU; each split is read by every program of
-    expand, so they stay few."""
+    """Of few rows a program has 32 of A: measured, 64 take up to a quarter longer. K is split where the rows of A alone
+    do not fill a GPU."""
     width, at_once = len(target.members) * rank, max(8, min(64, triton.next_power_of_2(longest)))
-    block, strips = 32 if at_once == 8 and width * segments <= _FEW else 64, min(4, triton.cdiv(longest, at_once))
+    block, strips = 32 if at_once == 8 else 64, min(4, triton.cdiv(longest, at_once))
     blocks = min(triton.cdiv(width, block), max(1, _MOST_PROGRAMS // (segments * strips)))
     split = byte_splits(target, rows, width, blocks * segments * strips)
     return LowRankConfig(
@@ -127,9 +126,17 @@ def byte_rule(target: Target, rows: int, segments: int, rank: int, longest: int)
         stages=4 if at_once == 8 else 3,
         blocks=blocks,
         strips=strips,
+        outputs=byte_outputs(target, segments) if at_once == 8 else 64,
         warps=block // 16,
         ranks=128 if at_once == 8 and split <= 2 else 64,
     )
+
+
+def byte_outputs(target: Target, segments: int) -> int:
+    """Of a program of expand, which reads all of a segment's x A^T: so as many as leave enough programs."""
+    if triton.cdiv(target.outputs, 128) * segments >= _FULL:
+        return 128
+    return 32 if triton.cdiv(target.outputs, 64) * segments <= _FEW else 64
 
 
 def byte_candidates(target: Target, rows: int, segments: int, rank: int) -> list[LowRankConfig]:
@@ -142,10 +149,9 @@ def byte_candidates(target: Target, rows: int, segments: int, rank: int) -> list
     if twice <= most_byte_splits(target) and twice * rows * len(target.members) * rank <= SPLIT_FLOATS:
         found.append(replace(chosen, split=twice))
     found += [replace(chosen, inner=inner, stages=stages) for inner, stages in ((64, 6), (256, 3), (128, 6))]
-    found += [
-        replace(chosen, rank_block=32, blocks=2 * chosen.blocks, outputs=outputs, warps=2) for outputs in (32, 64)
-    ]
-    return [*found, replace(chosen, outputs=128), replace(chosen, ranks=64)]
+    found += [replace(chosen, outputs=outputs) for outputs in (32, 64, 128, 256)]
+    larger = replace(chosen, rank_block=64, blocks=triton.cdiv(chosen.blocks, 2), warps=4)
+    return list(dict.fromkeys([*found, larger, replace(chosen, ranks=64)]))
 
 
 def byte_splits(target: Target, rows: int, width: int, programs: int) -> int:

@@ -250,7 +250,7 @@ def _expand(
         target.outputs, first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members), WIDTH=h.shape[2],
         SPLIT=config.split, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
         BN=config.outputs, BI=inner, STAGES=1 if rank <= inner else 3 if factor_bytes and not words else 2,
-        num_warps=config.warps if factor_bytes else 4,
+        num_warps=max(config.warps, config.outputs // 32) if factor_bytes else 4,
     )  # fmt: skip
 
 
