@@ -214,8 +214,8 @@ def padded(columns: int) -> int:
 
 
 def slices(rows: int, inputs: int) -> tuple[int, int]:
-    """(columns, warps) of a program that writes planes. Each goes over the whole row, which takes longer than its slice:
-    with all loads of a thread under way at once, and of many rows few times."""
+    """(columns, warps) of a program that writes planes. Each goes over the whole row, which takes longer than its
+    slice: with all loads of a thread under way at once, and of many rows few times."""
     row = padded(inputs)
     if rows > _FEW:
         warps = min(_MOST_WARPS, row // TILE_COLUMNS)

@@ -64,7 +64,7 @@ def delta_linear(
     """x W^T as base partials, and for every row of every segment x D^T of its variant in delta.
 
     Safe to capture: it allocates nothing, and what it launches depends on shapes and kinds alone. Rows in no segment
-    are not written in delta where there are signs; base columns from the weight's N on are 0.
+    are not written in delta where there are signs or factors; base columns from the weight's N on are 0.
 
     Args:
         planes: of x, for this target; None where no kind has signs.
@@ -104,14 +104,18 @@ def _others(
     out: Partials,
     workspace: torch.Tensor,
 ) -> None:
-    """Deltas that are no signs. They add, so somebody must have written before."""
+    """Deltas that are no signs. All but low-rank ones add, so somebody must have written before."""
     assert out.delta_TN is not None
-    if not (kinds.signs or kinds.compact):
-        out.delta_TN.zero_()
+    written = kinds.signs or kinds.compact > 0
     if kinds.compact and kinds.signs:
         compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=True)
     if kinds.low_rank:
-        wide.low_rank(x_TK, target, deltas, segments_G4, kinds.rank, out.delta_TN, workspace, byte_rank=kinds.byte_rank)
+        wide.low_rank(
+            x_TK, target, deltas, segments_G4, kinds.rank, out.delta_TN, workspace, byte_rank=kinds.byte_rank,
+            add=written,
+        )  # fmt: skip
+    elif not written:
+        out.delta_TN.zero_()
     if kinds.dense:
         wide.dense(x_TK, target, deltas, segments_G4, out.delta_TN)
     if kinds.rows:

@@ -5,7 +5,8 @@ Two launches, each with all entries in one grid; programs of entries without a l
 - shrink: [splits x rank blocks, segments]. A's rows are cut into blocks and K into splits; each program writes its part
   of x A^T to the workspace, so that nothing is added atomically and results do not depend on the order of programs. A
   program of a large rank goes on to further blocks, so that the grid does not grow with the largest rank allowed.
-- expand: [output tiles, segments]. Sums the splits, multiplies with B, adds to the segment's rows of delta.
+- expand: [output tiles, segments]. Sums the splits, multiplies with B, adds to the segment's rows of delta, or writes
+  them where nobody has before.
 
 x A^T is rounded to the compute dtype between the two, as adapters' own training code does.
 
@@ -25,7 +26,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels import launches
 from kernels.delta_linear import low_rank_choice, triton_bytes
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear.low_rank_choice import LowRankConfig, choose, choose_bytes
@@ -38,13 +41,17 @@ def shrink_kernel(
     X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T, first, inputs,
     K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
     STRIPS: tl.constexpr, WORDS: tl.constexpr, BYTES: tl.constexpr, PACKED: tl.constexpr,
-    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """H[split, t - first, r] = the split's part of x[t] A[r]^T. H is [SPLIT, T, WIDTH]. inputs: K."""
+    if PDL:
+        gdc_launch_dependents()
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
     split, block = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT % BLOCKS
     start += tl.program_id(0) // (SPLIT * BLOCKS) * BT
     rank = parts.rank_of(TABLE, entry * table_stride, WORDS, BYTES)
+    if PDL:
+        gdc_wait()  # also where nothing is to be done: who comes after relies on it
     if (stop <= start) | (rank == 0):
         return
     rows: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
@@ -107,14 +114,22 @@ def add_expanded(
 
 @triton.jit(do_not_specialize=["T", "first"])
 def expand_kernel(
-    H, SLAB, TABLE, table_stride, SEGMENTS, OUT, out_stride, T, first, N, FIRST_1, FIRST_2, DTYPE: tl.constexpr,
-    MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, BYTES: tl.constexpr,
-    PACKED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+    H, SLAB, TABLE, table_stride, SEGMENTS, OUT, out_stride, T, first, N, columns, FIRST_1, FIRST_2,
+    DTYPE: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr,
+    BYTES: tl.constexpr, PACKED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+    STAGES: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """OUT[t, n] += sum over i of H[., t - first, member(n) * rank + i] B[n, i]."""
+    """OUT[t, n] += sum over i of H[., t - first, member(n) * rank + i] B[n, i], or = where ADD is not set.
+
+    columns: of OUT that are written, N or more.
+    """
+    if PDL:
+        gdc_launch_dependents()
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
     rank = parts.rank_of(TABLE, entry * table_stride, WORDS, BYTES)
-    if (stop <= start) | (rank == 0):
+    if PDL:
+        gdc_wait()
+    if (stop <= start) | (ADD & (rank == 0)):
         return
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     low, high = members_between(tl.program_id(0) * BN, BN, MEMBERS, N, FIRST_1, FIRST_2)
@@ -125,8 +140,9 @@ def expand_kernel(
             MEMBERS, WIDTH, SPLIT, WORDS, BYTES, PACKED, BI, STAGES,
         )  # fmt: skip
         at = OUT + t[:, None].to(tl.int64) * out_stride + n[None, :]
-        mask = (t[:, None] < stop) & (n[None, :] < N)
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        mask = (t[:, None] < stop) & (n[None, :] < columns)
+        if ADD:
+            total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         tl.store(at, total.to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -202,12 +218,13 @@ def shrink(
     assert max_rank % 16 == 0, f"rank {max_rank} is not padded to 16"
     assert workspace.numel() >= 4 * size, f"workspace of {workspace.numel()} bytes, {4 * size} needed"
     h = workspace[: 4 * size].view(torch.float32).view(config.split, rows, width)
-    blocks = min(config.blocks, triton.cdiv(width, config.rank_block))
+    blocks, pdl = min(config.blocks, triton.cdiv(width, config.rank_block)), launches.early(x_TK)
     shrink_kernel[(config.split * blocks * config.strips, segments_G4.shape[0])](
         x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, h, rows, first, target.inputs,
         K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=config.split, BLOCKS=blocks,
         STRIPS=config.strips, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
-        BR=config.rank_block, BK=config.inner, STAGES=config.stages, num_warps=config.warps,
+        BR=config.rank_block, BK=config.inner, STAGES=config.stages, PDL=pdl, num_warps=config.warps,
+        **launches.options(pdl),
     )  # fmt: skip
     return h
 
@@ -215,7 +232,7 @@ def shrink(
 def low_rank(
     x_TK: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, max_rank: int,
     out_TN: torch.Tensor, workspace: torch.Tensor, *, byte_rank: int = 0, longest: int = SEGMENT_ROWS,
-    span: tuple[int, int] | None = None, config: LowRankConfig | None = None,
+    span: tuple[int, int] | None = None, add: bool = True, config: LowRankConfig | None = None,
 ) -> None:  # fmt: skip
     """Adds the low-rank parts of every segment's variant to its rows of out, which must hold numbers.
 
@@ -226,6 +243,7 @@ def low_rank(
         workspace, span: as `shrink`'s.
         byte_rank: the same of byte factors.
         longest: rows of the longest segment, if there are byte factors.
+        add: False: the segments' rows are overwritten, in all columns, with zeros where there are no factors.
     """
     assert out_TN.stride(1) == 1
     span = span or (0, x_TK.shape[0])
@@ -236,21 +254,22 @@ def low_rank(
     config = config or choose(target, x_TK.shape[0], max_rank, x_TK.device)
     kinds = {"words": max_rank > 0, "factor_bytes": byte_rank > 0}
     h = shrink(x_TK, target, deltas, segments_G4, rank, workspace, config, span=span, **kinds)
-    _expand(x_TK, h, target, deltas, segments_G4, rank, out_TN, config, span[0], **kinds)
+    _expand(x_TK, h, target, deltas, segments_G4, rank, out_TN, config, span[0], add=add, **kinds)
 
 
 def _expand(
     x_TK: torch.Tensor, h: torch.Tensor, target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor, rank: int,
-    out_TN: torch.Tensor, config: LowRankConfig, first_row: int, *, words: bool, factor_bytes: bool,
+    out_TN: torch.Tensor, config: LowRankConfig, first_row: int, *, add: bool, words: bool, factor_bytes: bool,
 ) -> None:  # fmt: skip
-    first = [*target.members[1:], 0, 0]
-    inner = min(config.ranks, triton.next_power_of_2(rank))
-    expand_kernel[(triton.cdiv(target.outputs, config.outputs), segments_G4.shape[0])](
+    first, columns = [*target.members[1:], 0, 0], target.outputs if add else out_TN.shape[1]
+    inner, pdl = min(config.ranks, triton.next_power_of_2(rank)), launches.early(x_TK)
+    expand_kernel[(triton.cdiv(columns, config.outputs), segments_G4.shape[0])](
         h, *parts.table_arguments(deltas, target), segments_G4, out_TN, out_TN.stride(0), h.shape[1], first_row,
-        target.outputs, first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members), WIDTH=h.shape[2],
-        SPLIT=config.split, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
+        target.outputs, columns, first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members),
+        WIDTH=h.shape[2], SPLIT=config.split, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
         BN=config.outputs, BI=inner, STAGES=1 if rank <= inner else 3 if factor_bytes and not words else 2,
-        num_warps=max(config.warps, config.outputs // 32) if factor_bytes else 4,
+        ADD=add, PDL=pdl, num_warps=max(config.warps, config.outputs // 32) if factor_bytes else 4,
+        **launches.options(pdl),
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ MIXES: dict[str, list[str | None]] = {
 
 
 def test_auto_keeps_its_integers(variants: Variants) -> None:
-    """Layers, embedding and head. In 16 bits, differences of a model as narrow as this may take less than the padding."""
+    """Layers, embedding and head. In 16 bits, differences of so narrow a model may take less than padding."""
     for kind in ("auto-low-rank", "auto-dense"):
         kinds = variants.rig.layouts[ALL.index(kind) - 1].kinds
         for part in (kinds.layers, kinds.embed, kinds.head):

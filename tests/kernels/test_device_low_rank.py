@@ -67,6 +67,23 @@ def test_follows_a_table_that_changes() -> None:
     check(w, FUSED, batch, max_rank=48)
 
 
+@pytest.mark.parametrize("mix", MIXES)
+def test_overwrites(mix: str) -> None:
+    """Rows of segments, in all columns, zeros where a variant has no factors; the base's rows are left alone."""
+    w, batch = world([SINGLE, FUSED], SPECS, DTYPES[0]), rows(MIXES[mix], padding=2, spare_segments=1)
+    x = torch.randn(batch.entry_T.shape[0], FUSED.inputs, device=DEVICE).to(w.dtype)
+    into = torch.full((x.shape[0], FUSED.outputs + 3), torch.nan, device=DEVICE)
+    want = into.double()
+    for entry, start, stop in batch.segments:
+        want[start:stop] = 0.0
+        matrix = table_reference.low_rank(w.deltas, FUSED, entry, w.dtype)
+        if matrix is not None:
+            want[start:stop, : FUSED.outputs] = x[start:stop].double() @ matrix.double().T
+    run(w.deltas, FUSED, x, batch, into, 48, add=False)
+    largest = max(1.0, want.nan_to_num().abs().max().item())
+    torch.testing.assert_close(into.double(), want, rtol=0, atol=TOLERANCE[w.dtype] * largest, equal_nan=True)
+
+
 def check(w: World, target: Target, batch: Rows, max_rank: int) -> None:
     count = batch.entry_T.shape[0]
     x = torch.randn(count, target.inputs, device=DEVICE).to(w.dtype)
@@ -82,7 +99,16 @@ def check(w: World, target: Target, batch: Rows, max_rank: int) -> None:
     assert torch.equal(into[empty], want[empty].float()), "rows without a low-rank part were touched"
 
 
-def run(d: DeviceDeltas, target: Target, x: torch.Tensor, batch: Rows, into: torch.Tensor, max_rank: int) -> None:
+def run(
+    d: DeviceDeltas,
+    target: Target,
+    x: torch.Tensor,
+    batch: Rows,
+    into: torch.Tensor,
+    max_rank: int,
+    *,
+    add: bool = True,
+) -> None:
     size = 4 * low_rank_choice.workspace_floats(target, x.shape[0], max_rank)
     workspace = torch.full((size,), POISON, dtype=torch.uint8, device=DEVICE)
-    wide.low_rank(x, target, d, batch.segments_G4, max_rank, into, workspace)
+    wide.low_rank(x, target, d, batch.segments_G4, max_rank, into, workspace, add=add)
