@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +65,10 @@ def test_rule() -> None:
     for shared in (46, 78, 100):
         found = rule(wide, 8, SIGNS, b1=True, shared=shared * 1024)
         assert (found.depth - 1) * found.tiles * 16 * 512 <= shared * 1024
-    assert rule(square, FLAT_ROWS + 1, SIGNS, b1=True).impl == "signs"
+    assert rule(square, FLAT_ROWS + 1, SIGNS, b1=True).impl == "flat"
+    assert rule(square, 2 * FLAT_ROWS + 1, SIGNS, b1=True).impl == "signs"
+    for kinds in (Kinds(), replace(SIGNS, single=True)):
+        assert rule(square, FLAT_ROWS + 1, kinds, b1=True).impl == "signs"
     assert rule(square, 8, SIGNS, b1=False).impl == "unpack"
     assert rule(square, 8, Kinds(), b1=False).impl == "flat"
 
