@@ -64,7 +64,7 @@ class AutoOptions:
     """1 - KL(fine-tune || variant) / KL(fine-tune || no matrix changed), on calibration text, before training."""
     calibrate: bool = True
     """Weigh errors by what they cost on calibration text; otherwise all alike."""
-    texts: int = 64
+    texts: int = 192
     length: int = 128
     """Of calibration: sequences, and tokens of each."""
     calibration: Path | None = None
