@@ -61,6 +61,7 @@ class Bench:
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "commit": args.commit or _commit(),
             "machine": machine(args.device),
+            **({"label": args.label} if args.label else {}),
             "base_parameters": sum(base.get(name).numel() for name in base.names),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -258,6 +259,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="fine-tunes at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of each fine-tune")
     parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--label", help="recorded; tells apart models of one size that were trained anew")
     parser.add_argument("--commit", help="recorded; by default git is asked")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity.jsonl")
     args = _completed(parser.parse_args(argv), parser)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from charts import Chart, Series
-from fidelity_table import RESULTS, Cell, Way, bases, full, plain
+from fidelity_table import RESULTS, Cell, Models, Way, bases, full, plain
 
 FIGURES = RESULTS.parents[2] / "docs" / "figures"
 PRODUCT = ("auto", "bitdelta", "deltadq")
@@ -62,8 +62,8 @@ def curves(finetunes: Mapping[str, Mapping[str, Cell]]) -> dict[str, Series]:
     return result
 
 
-def chart(parameters: int, finetunes: Mapping[str, Mapping[str, Cell]]) -> Chart:
-    title = f"Gain kept, base of {parameters / 1e6:.1f} M parameters, {len(full(finetunes))} fine-tunes"
+def chart(models: Models, finetunes: Mapping[str, Mapping[str, Cell]]) -> Chart:
+    title = f"Gain kept, {models}, {len(full(finetunes))} fine-tunes"
     return Chart(title, "bits per weight of the linears", "gain kept", list(curves(finetunes).values()), log_x=True)
 
 
@@ -79,9 +79,11 @@ def main() -> None:
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     found = bases(results.read_text().splitlines())
     smallest = min(found)
-    for parameters, finetunes in found.items():
-        name = "fidelity.svg" if parameters == smallest else f"fidelity-{parameters / 1e6:.0f}m.svg"
-        chart(parameters, finetunes).write(FIGURES / name)
+    for models, finetunes in found.items():
+        name = (
+            "fidelity.svg" if models == smallest else f"fidelity-{models.parameters / 1e6:.0f}m{models.label[-11:]}.svg"
+        )
+        chart(models, finetunes).write(FIGURES / name.replace(" ", "-"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "fidelity.jsonl"
 METRICS = {"exact_match": "exact match", "nats": "nats per token"}
@@ -64,18 +64,31 @@ class Cell:
         return f"{fmean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
-def bases(lines: Sequence[str]) -> dict[int, dict[str, dict[str, Cell]]]:
-    """Parameters of the base -> fine-tune -> name of a way -> its records, in the order of the tables."""
-    latest: dict[tuple[int, str, str], dict[int, Record]] = {}
+class Models(NamedTuple):
+    """A base and its fine-tunes."""
+
+    parameters: int
+    """Of the base"""
+    label: str = ""
+    """What tells apart those that were trained anew"""
+
+    def __str__(self) -> str:
+        return f"base of {self.parameters / 1e6:.1f} M parameters" + (f", {self.label}" if self.label else "")
+
+
+def bases(lines: Sequence[str]) -> dict[Models, dict[str, dict[str, Cell]]]:
+    """Models -> fine-tune -> name of a way -> its records, in the order of the tables."""
+    latest: dict[tuple[Models, str, str], dict[int, Record]] = {}
     for record in map(json.loads, lines):
-        key = record["base_parameters"], record["finetune"], json.dumps(record["way"], sort_keys=True)
+        models = Models(record["base_parameters"], record.get("label", ""))
+        key = models, record["finetune"], json.dumps(record["way"], sort_keys=True)
         latest.setdefault(key, {})[record["seed"]] = record
     cells = [Cell(json.loads(key[2]), [found[seed] for seed in sorted(found)]) for key, found in latest.items()]
-    result: dict[int, dict[str, dict[str, Cell]]] = {}
-    for (parameters, finetune, _), cell in sorted(
+    result: dict[Models, dict[str, dict[str, Cell]]] = {}
+    for (models, finetune, _), cell in sorted(
         zip(latest, cells, strict=True), key=lambda item: (*item[0][:2], rank(item[1].way))
     ):
-        result.setdefault(parameters, {}).setdefault(finetune, {})[_named(cell.way)] = cell
+        result.setdefault(models, {}).setdefault(finetune, {})[_named(cell.way)] = cell
     return result
 
 
@@ -202,8 +215,8 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--details", action="store_true")
     args = parser.parse_args()
-    for parameters, finetunes in bases(args.results.read_text().splitlines()).items():
-        print(f"### A base of {parameters / 1e6:.1f} M parameters\n\n{gains(finetunes)}\n")
+    for models, finetunes in bases(args.results.read_text().splitlines()).items():
+        print(f"### A {models}\n\n{gains(finetunes)}\n")
         if (over := quantised(finetunes)) is not None:
             print(f"#### Over quantised bases\n\n{over}\n")
         if args.details:

@@ -68,8 +68,8 @@ def decode_table(results: Results) -> str:
 
 
 def linear_table(results: Results) -> str:
-    keys = ("kernel", "model", "op", "rows", "variants", "mix", "planes", "columns", "rank")
-    records = [r for r in results.latest("ops", keys) if r["kernel"] == "linear"]
+    keys = ("kernel", "model", "op", "rows", "variants", "mix", "planes", "columns", "rank", "byte_rank")
+    records = [r for r in results.latest("ops", keys) if r["kernel"] == "linear" and not _beside_factors(r)]
     heads = ("model", "linear", "rows", "variants", "deltas", "us", "floor", "of the floor", "peers, us (times ours)")
     rows = [
         (
@@ -83,7 +83,7 @@ def linear_table(results: Results) -> str:
 
 def others_table(results: Results) -> str:
     keys = ("kernel", "model", "op", "rows", "variants", "context", "impl", "way", "planes", "form")
-    records = [r for r in results.latest("ops", keys) if r["kernel"] != "linear"]
+    records = [r for r in results.latest("ops", keys) if r["kernel"] != "linear" and "floor_us" in r]
     heads = ("kernel", "model", "case", "us", "floor", "of the floor", "TFLOP/s", "peers, us (times ours)")
     named = ("op", "rows", "variants", "context", "impl", "way", "planes", "form")
     rows = [
@@ -227,7 +227,14 @@ def _memory(model: str, records: list[Record]) -> Chart:
     return Chart(f"Weights in memory, {model}", "variants", "GB", series, log_x=True, log_y=True)
 
 
+def _beside_factors(record: Record) -> bool:
+    """Signs that section `factors` measures once more."""
+    return record.get("byte_rank") == 0 and not record["rank"]
+
+
 def _parts(record: Record) -> str:
+    if record.get("byte_rank"):
+        return f"bytes, rank {record['byte_rank']}"
     if record.get("rank"):
         return f"LoRA, rank {record['rank']}"
     planes, columns = record.get("planes", 1), " x columns" if record.get("columns") else ""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fidelity import gain_kept
 from fidelity_plot import LOWEST, curves
-from fidelity_table import bases, details, gains, quantised
+from fidelity_table import Models, bases, details, gains, quantised
 from fidelity_tasks import Judge, Sample, Score, Task, draws, summed
 
 VOCABULARY = 11
@@ -93,24 +93,25 @@ def results() -> list[str]:
     lines += [record("b", auto, 1, 0.5), record("a", dare, 0, -9.0), record("a", dare, 1, 0.3)]
     lines += [record("b", dare, 0, 0.2), record("b", dare, 1, 0.2)]
     lines += [record("c", dare, 0, 1.0), record("c", {"codec": "lora"}, 0, 1.0)]
+    lines.append(json.dumps({**json.loads(record("a", auto, 0, 0.2)), "label": "again"}))
     return [*lines, record("a", {**auto, "base": "int4"}, 0, 0.4), record("z", auto, 0, 1.0, parameters=10**8)]
 
 
 def test_tables_show_means_spreads_and_the_worst_without_adapters(results: list[str]) -> None:
     found = bases(results)
-    assert list(found) == [10**6, 10**8]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gains(found[10**6]).splitlines()]
+    assert list(found) == [Models(10**6), Models(10**6, "again"), Models(10**8)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gains(found[Models(10**6)]).splitlines()]
     assert rows[0] == ["way", "bits per weight", "times smaller", "a", "b", "c", "mean", "worst"]
     by_way = {row[0]: row[1:] for row in rows[2:]}
     assert by_way["auto 0.5 bits"] == ["0.50", "10.0", "0.850 ± 0.050", "0.550 ± 0.050", "", "0.700", "0.550"]
     assert by_way["DARE 0.5 bits"][4] == "1.000"
-    assert "| int4 | auto 0.5 bits | 0.400 |" in (quantised(found[10**6]) or "")
-    assert quantised(found[10**8]) is None
-    assert "| auto 0.5 bits |  | 1,000 | 10.00 | 0.500 | 0.850 ± 0.050 |" in details(found[10**6]["a"])
+    assert "| int4 | auto 0.5 bits | 0.400 |" in (quantised(found[Models(10**6)]) or "")
+    assert quantised(found[Models(10**8)]) is None
+    assert "| auto 0.5 bits |  | 1,000 | 10.00 | 0.500 | 0.850 ± 0.050 |" in details(found[Models(10**6)]["a"])
 
 
 def test_curves_are_of_full_fine_tunes_with_the_spread_of_seeds(results: list[str]) -> None:
-    found = curves(bases(results)[10**6])
+    found = curves(bases(results)[Models(10**6)])
     assert set(found) == {"auto", "DARE, seeded"}
     auto = found["auto"]
     assert auto.points[0] == pytest.approx((0.5, 0.7))
