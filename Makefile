@@ -20,10 +20,13 @@ test-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),.venv/dev)  ## kernels, decoder 
 	$(GPU_PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
 	$(GPU_PYTHON) -m pytest tests/kernels tests/engine
 
-# Without torch's caching every tensor is an allocation of its own, beyond which memcheck sees any access.
+# Without torch's caching every tensor is an allocation of its own, beyond which memcheck sees any access. The first
+# run compiles the kernels, which takes minutes under the sanitizer, where every compiler it starts is watched.
+SANITIZED := -m pytest -p no:cacheprovider tests/engine/test_device_decoder.py -k "every_kind or binary"
 sanitize-gpu:  ## a decode step and prompts of every kind of delta under compute-sanitizer
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
-	  $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/engine/test_device_decoder.py -k "every_kind or binary"
+	$(GPU_PYTHON) $(SANITIZED)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  --target-processes application-only $(GPU_PYTHON) $(SANITIZED)
 
 lint: .venv/dev  ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -83,7 +83,8 @@ class AppConfig(BaseSettings):
     cuda_graph_sizes: tuple[int, ...] | None = None
     cuda_graph_deltas: tuple[Path, ...] = ()
     """Directories of deltas like those that will be asked for, at the same place on every node: steps for such are
-    captured at the start, not when a request first needs them."""
+    captured at the start, not when a request first needs them. Empty: like what is
+    published (`deployments.published`)."""
     async_scheduling: bool | None = None
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=1)

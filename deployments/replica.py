@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, SamplingParams, TokenEvent
@@ -39,6 +40,7 @@ from deployments.calls import (
 from deployments.catalog import open_repository
 from deployments.config import AppConfig
 from deployments.errors import named
+from deployments.published import common_configs
 from deployments.router import RESIDENT, hint
 from storage import CacheFull, CorruptBlob, Lease, Manifest, Repository, StorageError
 
@@ -125,8 +127,10 @@ class ModelReplica:
     """One Ray Serve replica. Errors are answered as values: see `deployments.calls`."""
 
     def __init__(self, config: AppConfig) -> None:
-        self._deltas = Deltas(open_repository(config))
-        self._engine = Engine(config.base, EngineConfig(**config.engine_options()), self._deltas.lease)
+        repository = open_repository(config)
+        self._deltas = Deltas(repository)
+        options, published = EngineConfig(**config.engine_options()), partial(common_configs, repository)
+        self._engine = Engine(config.base, options, self._deltas.lease, published)
         self._vocabularies = Vocabularies(self._engine.vocabulary)
         self._own_defaults = config.generation_config == "auto"
         self._info = ModelInfo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from storage.cache import DiskCache
 from storage.cache_dir import Lease
 from storage.catalog import Catalog, Progress, VariantInfo
 from storage.download import Counter
+from storage.errors import CorruptBlob
 from storage.fetch import fetch_blob
 from storage.lookups import Lookups
 from storage.manifest import FileEntry, Manifest, VariantName
@@ -52,6 +54,17 @@ class Repository:
     def list_variants(self) -> list[VariantInfo]:
         """Every variant, by name; as old as `resolve` may be."""
         return self._lookups.get("", self.catalog.list)
+
+    def read(self, entry: FileEntry) -> bytes:
+        """The whole of a small file, past the cache.
+
+        Raises:
+            CorruptBlob: the store has other bytes. NotFound, StoreUnavailable.
+        """
+        body = self.store.read(entry.key)
+        if hashlib.sha256(body).hexdigest() != entry.sha256:
+            raise CorruptBlob(f"{entry.key} in {self.store.uri} is not what its name says")
+        return body
 
     def lease(self, manifest: Manifest, on_progress: Progress | None = None) -> Lease:
         """The delta's directory, downloaded if needed, kept on disk until the lease is released: `with ... as path`.

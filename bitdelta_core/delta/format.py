@@ -129,7 +129,7 @@ def open_delta(
     _check_parts(config, extents, delta)
     reader = DeltaReader(path, config, extents)
     if base_shapes is not None:
-        _check_shapes(config, base_shapes, delta)
+        check_fits(config, base_shapes, delta)
     for entry in config.tensors.values():
         if entry.codec == "rows":
             _check_row_index(reader, entry, base_shapes)
@@ -217,7 +217,8 @@ def _check_parts(config: DeltaConfig, extents: Mapping[str, tuple[str, Extent]],
         raise DeltaFormatError(f"{extents[name][0]}: tensor {name!r} belongs to no entry", delta=delta)
 
 
-def _check_shapes(config: DeltaConfig, base_shapes: Shapes, delta: str) -> None:
+def check_fits(config: DeltaConfig, base_shapes: Shapes, delta: str) -> None:
+    """Raise BaseMismatch or DeltaFormatError where an entry does not fit the base. delta: for messages."""
     for entry in config.tensors.values():
         source = base_name(entry.name, base_shapes)
         if source not in base_shapes:

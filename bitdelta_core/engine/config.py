@@ -43,7 +43,8 @@ class EngineConfig:
     24, 32, 48, 64 and so on up to max_num_seqs."""
     cuda_graph_deltas: tuple[str, ...] = ()
     """Directories of deltas. Steps for variants that are like them are captured at the start, as those of the base are;
-    for other kinds of variants when a step first needs it. Empty: like what `bitdelta compress` writes by default."""
+    for other kinds of variants when a step first needs it. Empty: those that `Engine(published=...)`
+    tells of, else like what `bitdelta compress` writes by default."""
     async_scheduling: bool = True
     """On a GPU: launch the next step while one runs. What ends a choice is then seen one step late."""
     gpu_memory_utilization: float = 0.9

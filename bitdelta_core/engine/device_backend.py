@@ -15,6 +15,7 @@ from bitdelta_core.engine.accelerator import Accelerator, Plain
 from bitdelta_core.engine.backend import Parts, weight_bytes
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.device_runner import DeviceRunner, Limits
+from bitdelta_core.engine.expected import MOST
 from bitdelta_core.engine.memory import GRAPH_RESERVE, GRAPHS_RESERVE, Fixed, MemoryPlan
 from bitdelta_core.engine.slab import Slab
 from bitdelta_core.engine.startup import Stages
@@ -148,5 +149,5 @@ def _check_products(device: torch.device) -> str:
 def _graph_reserve(sizes: int, config: EngineConfig) -> int:
     """For the base, what is expected, with and without several rows of a variant, and two families that are not; each
     greedy and not."""
-    families = 3 + 2 * max(1, len(config.cuda_graph_deltas))
+    families = 3 + 2 * max(MOST, len(config.cuda_graph_deltas))
     return GRAPHS_RESERVE + (0 if config.enforce_eager else GRAPH_RESERVE * 2 * families * sizes)

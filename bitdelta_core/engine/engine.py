@@ -20,6 +20,7 @@ from bitdelta_core.engine.api import EngineStats, GenerationRequest, SamplingPar
 from bitdelta_core.engine.completion import Completion, Prompt, collect, normalise
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.core import Deliver
+from bitdelta_core.engine.expected import Published
 from bitdelta_core.engine.loading import LoadedBase, build_core
 from bitdelta_core.engine.memory import MemoryPlan
 from bitdelta_core.engine.passing import call_in_passing_thread
@@ -38,6 +39,7 @@ class Engine:
         model_path: str | os.PathLike[str],
         config: EngineConfig | None = None,
         delta_source: DeltaSource | None = None,
+        published: Published | None = None,
     ) -> None:
         """Load the base and start the engine's thread.
 
@@ -45,6 +47,8 @@ class Engine:
             model_path: a Hugging Face checkpoint directory.
             delta_source: sha256 -> context manager of the directory of the delta's files; may block. Without one, only
                 `add_delta` adds any.
+            published: on a GPU, asked which variants to capture steps for if the config's `cuda_graph_deltas` is
+                empty. Without it, or if it knows none: such as `bitdelta compress` writes by default.
 
         Raises:
             CheckpointError: the base cannot be read.
@@ -54,7 +58,7 @@ class Engine:
         self._base = call_in_passing_thread(partial(LoadedBase, Path(model_path), self.config, delta_source))
         try:
             self._thread = EngineThread(
-                lambda wake: call_in_passing_thread(partial(build_core, self._base, self.config, wake)),
+                lambda wake: call_in_passing_thread(partial(build_core, self._base, self.config, published, wake)),
                 capacity=self.config.max_num_seqs + self.config.max_waiting,
                 seed=self.config.seed,
             )

@@ -1,16 +1,22 @@
-"""Which variants to prepare for when nobody says: such as `bitdelta compress` writes by default."""
+"""Which variants to prepare for when nobody says: what is published, if the engine is told how to ask, else such as
+`bitdelta compress` writes by default."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.delta.planning import CompressOptions
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
 
+Published = Callable[[str], Sequence[DeltaConfig]]
+"""The base's sha256 -> configs of variants of it that are likely to be asked for, MOST or fewer. May block."""
+MOST = 2
+"""Each takes as long to prepare for as the base itself"""
 EMBEDDING_BITS = 4
 """Of an embedding and a head that changed in every row"""
 

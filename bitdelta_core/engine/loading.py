@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta.format import open_delta
+from bitdelta_core.delta.config import DeltaConfig
+from bitdelta_core.delta.format import check_fits, open_delta
 from bitdelta_core.engine import backend as backends
 from bitdelta_core.engine.accelerator import accelerator_of
 from bitdelta_core.engine.backend import Backend, TorchBackend
@@ -18,7 +20,7 @@ from bitdelta_core.engine.blocks import BlockManager
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.core import EngineCore
 from bitdelta_core.engine.delta_loader import DeltaLoader, LoadableDelta, ProcessLoader, ThreadLoader
-from bitdelta_core.engine.expected import UsualDelta
+from bitdelta_core.engine.expected import MOST, Published, UsualDelta
 from bitdelta_core.engine.host_buffers import HostBuffer
 from bitdelta_core.engine.layouts import Layout, LayoutRule
 from bitdelta_core.engine.loader_processes import LoaderProcesses
@@ -30,9 +32,12 @@ from bitdelta_core.engine.sources import DeltaFiles, DeltaSource
 from bitdelta_core.engine.startup import Stages
 from bitdelta_core.engine.variants import Variant
 from bitdelta_core.engine.vocabulary import Vocabularies
+from bitdelta_core.errors import BitDeltaError
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.decoder import Decoder
 from bitdelta_core.models.weights import Weights
+
+log = logging.getLogger(__name__)
 
 
 class LoadedBase:
@@ -78,11 +83,22 @@ class LoadedBase:
         reader = open_delta(path, expected_base_sha256=self.sha256, base_shapes=self.shapes)
         return self.rule.plan(reader.config)
 
-    def expected(self, config: EngineConfig) -> list[Layout]:
+    def expected(self, config: EngineConfig, published: Published | None) -> list[Layout]:
         """Of variants to prepare for. The torch decoder prepares host buffers alone, and for those that are named."""
         if config.cuda_graph_deltas or self.rule.decoder != "device":
             return [self.plan(Path(path)) for path in config.cuda_graph_deltas]
-        return [self.rule.plan(UsualDelta.of(self.model))]
+        found = [] if published is None or config.enforce_eager else published(self.sha256)
+        planned = [layout for one in found[:MOST] if (layout := self._planned(one)) is not None]
+        return planned or [self.rule.plan(UsualDelta.of(self.model))]
+
+    def _planned(self, config: DeltaConfig) -> Layout | None:
+        """None, and a word in the log, for what would be refused as well if somebody asked for it."""
+        try:
+            check_fits(config, self.shapes, "a published delta")
+            return self.rule.plan(config)
+        except BitDeltaError as error:
+            log.warning("nothing is prepared for a published delta: %s", error)
+            return None
 
     def _loader(self, checkpoint: Checkpoint, config: EngineConfig) -> DeltaLoader:
         if not config.loads_in_processes:
@@ -122,9 +138,11 @@ class OpenedVariant:
         return self._backend.weights(self._loadable.layout, extent)
 
 
-def build_core(base: LoadedBase, config: EngineConfig, wake: Callable[[], None]) -> EngineCore:
+def build_core(
+    base: LoadedBase, config: EngineConfig, published: Published | None, wake: Callable[[], None]
+) -> EngineCore:
     """Take the memory and wire the parts."""
-    expected = base.expected(config)
+    expected = base.expected(config, published)
     parts = base.backend.build(config, base.memory, base.max_model_len, expected, base.stages)
     base.memory = memory = parts.memory
     blocks = BlockManager(memory.num_kv_blocks, memory.block_size, prefix_caching=config.enable_prefix_caching)

@@ -37,7 +37,10 @@ def serve(
     ] = None,
     cuda_graph_deltas: Annotated[
         list[Path] | None,
-        typer.Option(help="A delta like those to come: its steps are captured at the start.", rich_help_panel=Engine),
+        typer.Option(
+            help="A delta like those to come: its steps are captured at the start. Else like what is published.",
+            rich_help_panel=Engine,
+        ),
     ] = None,
     async_scheduling: Annotated[
         bool | None, typer.Option(help="Launch steps while one runs.", rich_help_panel=Engine)
