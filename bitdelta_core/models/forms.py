@@ -12,6 +12,7 @@ import torch
 from bitdelta_core.delta import deltadq, spectral
 from bitdelta_core.delta.quant import pack
 from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.delta.together import Factors, FactorsTogether
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.parameters import Place
 from kernels.delta_linear.torch_dense import quant_values, signs
@@ -24,6 +25,13 @@ class Reader(Protocol):
     """Where the stored parts come from: `bitdelta_core.delta.format.DeltaReader`."""
 
     def part(self, entry: TensorEntry, part: str) -> torch.Tensor: ...
+
+
+def spectral_factors(reader: Reader, entry: TensorEntry) -> Factors:
+    """Decoded together with others, or alone."""
+    if isinstance(reader, FactorsTogether):
+        return reader.factors(entry)
+    return spectral.factors(entry, {part: reader.part(entry, part) for part in entry.parts() if part != "extra"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,11 @@ def plan(
                     yield group, _Rows.plan(entry, entry.shape[0] - entry.rows, dtype, take)
                 if entry.rows:
                     yield group, _Quant.plan(entry, dtype, expand, take)
+
+
+def spectral_entries(forms: Sequence[Form]) -> list[TensorEntry]:
+    """In the order in which filling these forms asks for their factors."""
+    return [form.entry for form in forms if isinstance(form, _Spectral)]
 
 
 def _groups(members: Sequence[Member]) -> list[list[Member]]:
@@ -314,8 +327,7 @@ class _Spectral:
         return cls(entry, (take((rows, columns), dtype),))
 
     def fill(self, reader: Reader, buffer: torch.Tensor, base: BaseWeight) -> None:
-        parts = {part: reader.part(self.entry, part) for part in self.entry.parts() if part != "extra"}
-        for region, value in zip(self.regions, self._values(*spectral.factors(self.entry, parts)), strict=True):
+        for region, value in zip(self.regions, self._values(*spectral_factors(reader, self.entry)), strict=True):
             _copy(region, buffer, value, self.entry, "scale")
 
     def _values(self, a_rK: torch.Tensor, b_Nr: torch.Tensor, scale_r: torch.Tensor) -> tuple[torch.Tensor, ...]:

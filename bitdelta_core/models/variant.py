@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.delta.together import FactorsTogether
 from bitdelta_core.errors import CheckpointError, DeltaFormatError
 from bitdelta_core.models import forms
 from bitdelta_core.models.config import ModelConfig
@@ -112,8 +113,9 @@ class VariantLayout:
         Raises:
             DeltaFormatError: a value that is not finite, naming the parameter.
         """
+        together = FactorsTogether(reader, forms.spectral_entries([form for _, _, form in self.forms]))
         for _, _, form in self.forms:
-            form.fill(reader, buffer, base.linear_weight)
+            form.fill(together, buffer, base.linear_weight)
         if self.vectors is not None:
             fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
 

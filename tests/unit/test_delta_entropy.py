@@ -79,17 +79,27 @@ def several() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def test_many_at_once_have_the_same_codes() -> None:
+def by_numpy(items: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    found = entropy.decode_together([(code.numpy(), classes.numpy()) for code, classes in items])
+    return [torch.from_numpy(values) for values in found]
+
+
+WAYS = {"torch": lambda items: rans.decode(items, CPU), "numpy": by_numpy}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_many_at_once_have_the_same_codes(way: str) -> None:
     items = several()
     codes = rans.encode(items, CPU)
     for (values, classes), code in zip(items, codes, strict=True):
         assert code.numpy().tobytes() == entropy.encode(values.numpy(), classes.numpy())
-    decoded = rans.decode([(code, classes) for code, (_, classes) in zip(codes, items, strict=True)], CPU)
+    decoded = WAYS[way]([(code, classes) for code, (_, classes) in zip(codes, items, strict=True)])
     assert all(torch.equal(found, values) for found, (values, _) in zip(decoded, items, strict=True))
-    assert rans.encode([], CPU) == rans.decode([], CPU) == []
+    assert rans.encode([], CPU) == WAYS[way]([]) == []
 
 
-def test_one_bad_code_among_many_is_found() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_one_bad_code_among_many_is_found(way: str) -> None:
     items = several()
     codes = rans.encode(items, CPU)
     changed, past = codes[3].clone(), torch.cat([codes[3], codes[3][-2:]])
@@ -97,6 +107,6 @@ def test_one_bad_code_among_many_is_found() -> None:
     for bad in (codes[3][:-2], codes[3][:3], changed, past):
         stored = [(bad if i == 3 else code, items[i][1]) for i, code in enumerate(codes)]
         with pytest.raises(BadCode):
-            rans.decode(stored, CPU)
+            WAYS[way](stored)
     with pytest.raises(BadCode):
-        rans.decode([(codes[3], torch.full_like(items[3][1], 99))], CPU)
+        WAYS[way]([(codes[3], torch.full_like(items[3][1], 99))])

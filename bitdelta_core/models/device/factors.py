@@ -11,10 +11,9 @@ from math import prod
 
 import torch
 
-from bitdelta_core.delta import spectral
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.models.device.kinds import MAX_BYTE_RANK, MAX_RANK
-from bitdelta_core.models.forms import BaseWeight, Member, Reader, Region, Take, check_finite
+from bitdelta_core.models.forms import BaseWeight, Member, Reader, Region, Take, check_finite, spectral_factors
 from kernels.device import BYTES, UNIT, Field, Kinds, Target
 
 RANK_STEP = 16
@@ -39,11 +38,6 @@ def is_low_rank(entry: TensorEntry) -> bool:
     rank."""
     rank = padded_rank(entry)
     return rank <= MAX_RANK and rank * (entry.rows + entry.shape[1]) < entry.rows * entry.shape[1]
-
-
-def spectral_factors(reader: Reader, entry: TensorEntry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(int8 A [r, K], int8 B [R, r], fp32 [r])"""
-    return spectral.factors(entry, {part: reader.part(entry, part) for part in entry.parts() if part != "extra"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.delta.together import FactorsTogether
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models import forms
 from bitdelta_core.models.config import ModelConfig
@@ -112,8 +113,9 @@ class DeviceLayout:
         Raises:
             DeltaFormatError: a value that is not finite, naming the parameter.
         """
+        together = FactorsTogether(reader, parts.spectral_entries(self.parts))
         for part in self.parts:
-            part.fill(reader, buffer, base.linear_weight)
+            part.fill(together, buffer, base.linear_weight)
         if self.vectors is not None:
             fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
 

@@ -23,9 +23,18 @@ from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.device.bitplanes import bit_planes
 from bitdelta_core.models.device.compact import Compact, compact_members
-from bitdelta_core.models.device.factors import ByteFactors, LowRank, are_bytes, is_low_rank, spectral_factors
+from bitdelta_core.models.device.factors import ByteFactors, LowRank, are_bytes, is_low_rank
 from bitdelta_core.models.device.kinds import MAX_PLANES, MAX_RANK
-from bitdelta_core.models.forms import BaseWeight, Member, Reader, Region, Take, check_finite, whole_rows
+from bitdelta_core.models.forms import (
+    BaseWeight,
+    Member,
+    Reader,
+    Region,
+    Take,
+    check_finite,
+    spectral_factors,
+    whole_rows,
+)
 from kernels.device import UNIT, Field, Kinds, Target
 from kernels.fragments import TILE_COLUMNS, TILE_ROWS, pack, tiles
 
@@ -84,6 +93,12 @@ def plan(
     for member in members:
         if whole := _whole_rows(member.entry):
             yield Rows(member, take((whole,), torch.int32), take((whole, target.inputs), dtype))
+
+
+def spectral_entries(parts: Sequence[Part]) -> list[TensorEntry]:
+    """In the order in which filling these parts asks for their factors."""
+    members = (m for part in parts if isinstance(part, LowRank | ByteFactors | Dense) for m in part.members)
+    return [member.entry for member in members if member.entry.codec == "spectral"]
 
 
 def _form(entry: TensorEntry, columns: bool, as_bytes: bool) -> Literal["planes", "low rank", "bytes", "dense", "rows"]:
