@@ -53,7 +53,7 @@ class FactorRun:
     def candidates(self) -> list[LowRankConfig]:
         rows = len(self.x_TK)
         found = low_rank_choice.byte_candidates(self.target, rows, rows, self.rank)
-        return found[:1] if gpu_timing.device().type == "cpu" else list(dict.fromkeys(found))
+        return found[:1] if gpu_timing.device().type == "cpu" else found
 
     def calls(self, config: LowRankConfig) -> list[Call]:
         return [lambda s=b.segments_G4: self._add(s, config) for b in self.batches]

@@ -80,10 +80,8 @@ def main() -> None:
     found = bases(results.read_text().splitlines())
     smallest = min(found)
     for models, finetunes in found.items():
-        name = (
-            "fidelity.svg" if models == smallest else f"fidelity-{models.parameters / 1e6:.0f}m{models.label[-11:]}.svg"
-        )
-        chart(models, finetunes).write(FIGURES / name.replace(" ", "-"))
+        size = () if models == smallest else (f"{models.parameters / 1e6:.0f}m", *models.label.split())
+        chart(models, finetunes).write(FIGURES / f"{'-'.join(('fidelity', *size))}.svg")
 
 
 if __name__ == "__main__":

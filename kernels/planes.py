@@ -35,7 +35,7 @@ _COL = tl.constexpr(int(Field.COL))
 _PLANES = tl.constexpr(int(Field.PLANES))
 _FIELDS = tl.constexpr(FIELDS)
 _FLOATS = tl.constexpr(UNIT // 4)
-_FEW = 32
+FEW_ROWS = 32
 """Rows, up to which there are multiprocessors to spare for several programs a row"""
 _SLICES = 8
 """Of each of few rows"""
@@ -217,7 +217,7 @@ def slices(rows: int, inputs: int) -> tuple[int, int]:
     """(columns, warps) of a program that writes planes. Each goes over the whole row, which takes longer than its
     slice: with all loads of a thread under way at once, and of many rows few times."""
     row = padded(inputs)
-    if rows > _FEW:
+    if rows > FEW_ROWS:
         warps = min(_MOST_WARPS, row // TILE_COLUMNS)
         return warps * TILE_COLUMNS, warps
     return max(TILE_COLUMNS, row // _SLICES), max(1, min(_MOST_WARPS, row // _COLUMNS))

@@ -1,7 +1,7 @@
 """Entropy codes of many matrices at once, on any device: the same bytes as `entropy.py` makes and reads.
 
-There a step is a dozen small array operations for one matrix; here for all of them, so that a GPU, for which a step's
-size hardly matters, codes a layer in the time of a matrix.
+In torch's operations, for a GPU, for which a step's size hardly matters, so that it codes a layer in the time of a
+matrix. On a CPU `entropy.decode_together` is several times as fast.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def coded_of(stored: Sequence[tuple[TensorEntry, Mapping[str, torch.Tensor]]], d
 
 
 def _decoded(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """`rans.decode` on a CPU, where it takes several times as long."""
+    """As `rans.decode`, which takes several times as long on a CPU."""
     found = entropy.decode_together([(code.numpy(), classes.numpy()) for code, classes in items])
     return [torch.from_numpy(values) for values in found]
 

@@ -44,11 +44,11 @@ class FactorsTogether:
             assert self._waiting, f"{entry.name} is none of those that were to be decoded"
             group = self._waiting.popleft()
             stored = [(e, {part: self.part(e, part) for part in e.parts() if part != "extra"}) for e in group]
-            self._found |= _decoded(stored)
+            self._found |= _factors_of(stored)
         return self._found.pop(entry.name)
 
 
-def _decoded(stored: Sequence[tuple[TensorEntry, Mapping[str, torch.Tensor]]]) -> dict[str, Factors]:
+def _factors_of(stored: Sequence[tuple[TensorEntry, Mapping[str, torch.Tensor]]]) -> dict[str, Factors]:
     try:
         found = spectral.coded_of(stored, torch.device("cpu"))
     except DeltaFormatError:

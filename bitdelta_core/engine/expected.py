@@ -14,7 +14,7 @@ from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
 
 Published = Callable[[str], Sequence[DeltaConfig]]
-"""The base's sha256 -> configs of variants of it that are likely to be asked for, MOST or fewer. May block."""
+"""The base's sha256 -> configs of variants of it, the likeliest to be asked for first: MOST are taken. May block."""
 MOST = 2
 """Each takes as long to prepare for as the base itself"""
 EMBEDDING_BITS = 4

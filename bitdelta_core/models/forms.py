@@ -9,10 +9,10 @@ from typing import Protocol
 
 import torch
 
-from bitdelta_core.delta import deltadq, spectral
+from bitdelta_core.delta import deltadq
 from bitdelta_core.delta.quant import pack
 from bitdelta_core.delta.spec import TensorEntry
-from bitdelta_core.delta.together import Factors, FactorsTogether
+from bitdelta_core.delta.together import Factors, FactorsTogether, Reader
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models.parameters import Place
 from kernels.delta_linear.torch_dense import quant_values, signs
@@ -21,17 +21,10 @@ from kernels.deltas import DenseDelta, Int8Delta, LinearDelta, LowRankDelta, Qua
 BaseWeight = Callable[[str], torch.Tensor]
 
 
-class Reader(Protocol):
-    """Where the stored parts come from: `bitdelta_core.delta.format.DeltaReader`."""
-
-    def part(self, entry: TensorEntry, part: str) -> torch.Tensor: ...
-
-
 def spectral_factors(reader: Reader, entry: TensorEntry) -> Factors:
-    """Decoded together with others, or alone."""
-    if isinstance(reader, FactorsTogether):
-        return reader.factors(entry)
-    return spectral.factors(entry, {part: reader.part(entry, part) for part in entry.parts() if part != "extra"})
+    """Of what a layout fills its parts from."""
+    assert isinstance(reader, FactorsTogether), "codes are decoded together with others"
+    return reader.factors(entry)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,12 @@ import triton
 
 from kernels import launches
 from kernels.device import DeviceDeltas, Kinds, Partials, Planes, Target
-from kernels.planes import padded, prepare_planes
+from kernels.planes import FEW_ROWS, padded, prepare_planes
 from kernels.rows import check_contiguous, partial_arguments, span_start
 from kernels.silu_mul.triton_silu_mul import silu_mul_kernel
 
 _WIDTH, _FEW_WIDTH = 1024, 256
 """Columns of each program, of many and of few rows"""
-_FEW = 32
 _WARPS = 4
 
 
@@ -42,7 +41,7 @@ def silu_mul(
     assert entry_T.shape == (rows,)
     check_contiguous(out_TI, entry_T)
     added, added_constants = partial_arguments(partials, rows, 2 * inputs)
-    width, pdl = min(padded(inputs), _FEW_WIDTH if rows <= _FEW else _WIDTH), launches.early(out_TI)
+    width, pdl = min(padded(inputs), _FEW_WIDTH if rows <= FEW_ROWS else _WIDTH), launches.early(out_TI)
     silu_mul_kernel[(rows, triton.cdiv(inputs, width))](
         *added, deltas.slab.view(out_TI.dtype), deltas.vectors_E, entry_T, out_TI, rows,
         span_start(bias_span, 2 * inputs), INNER=inputs, WIDTH=width, **added_constants,
