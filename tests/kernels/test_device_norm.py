@@ -24,7 +24,7 @@ def test_mixes(mix: str) -> None:
 
 def test_many_rows_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were so many that a row has one program, for which fewer have three."""
-    monkeypatch.setattr("kernels.planes._FEW", 2)
+    monkeypatch.setattr("kernels.planes.FEW_ROWS", 2)
     check(2320, rows([0, 1, 2]), DTYPES[0], DTYPES[0], split=1)
     check(2320, rows([0, 1, 2]), DTYPES[0], DTYPES[0], split=1, specs=[COLUMNS, SIGNS])
 
