@@ -12,13 +12,15 @@ import torch
 import triton
 
 from kernels import configs
+from kernels.delta_linear import gluon_ring
 from kernels.delta_linear.compact_check import compact_check
 from kernels.delta_linear.self_check import self_check
 from kernels.device import Kinds, Target
 
-Impl = Literal["flat", "signs", "unpack"]
+Impl = Literal["ring", "flat", "stream", "signs", "unpack"]
 """flat: base tiles and sign products in one launch. signs: cuBLAS, then sign products. unpack: cuBLAS, then products
-with unpacked signs. Base only, flat is base tiles alone and the others cuBLAS alone."""
+with unpacked signs. Base only, flat is base tiles alone and the others cuBLAS alone. ring and stream: as flat and signs
+do, by the hands of `gluon_ring`, where it knows how."""
 FLAT_ROWS = 32
 """Of the base alone, and of variants with a row each, more rows than that are cuBLAS's: measured 48 against 58 us of a
 7B's gate and up, at 64 rows of the base"""
@@ -51,7 +53,7 @@ class Config:
 
     def base_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of `Partials.base_STN`, for this compute dtype."""
-        return torch.float32 if self.impl == "flat" else dtype
+        return torch.float32 if self.impl in ("flat", "ring") else dtype
 
     def programs(self, device: torch.device | str) -> int:
         return self.resident * multiprocessors(torch.device(device))
@@ -62,7 +64,7 @@ class Config:
 
     def split(self, target: Target, width: int, device: torch.device | str) -> int:
         """The most programs that share a tile of the base: how many partials there are."""
-        if self.impl != "flat":
+        if self.impl not in ("flat", "ring"):
             return 1
         steps, tiles = triton.cdiv(target.inputs, self.inner), triton.cdiv(width, self.outputs)
         return most_sharing(self.sharing(target, width, device), tiles, steps)
@@ -95,7 +97,19 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) 
     if kinds.compact:
         compact_check(device)  # before capture: `compact.choose` wants to know while a graph is made
     found = _measured(target, rows, kinds, torch.cuda.get_device_name(device)) if b1 else None
-    return found or rule(target, rows, kinds, b1, _shared_bytes(device))
+    found = found or rule(target, rows, kinds, b1, _shared_bytes(device))
+    return ringed(found) if gluon_ring.supports(target, rows, kinds, device) else found
+
+
+def ringed(config: Config) -> Config:
+    """As `gluon_ring` does what this does. There is nothing to set but where the base's tiles are."""
+    match config.impl:
+        case "flat":
+            return replace(config, impl="ring", outputs=gluon_ring.OUTPUTS, inner=gluon_ring.INNER, resident=2)
+        case "signs":
+            return replace(config, impl="stream", resident=2)
+        case _:
+            return config
 
 
 def _measured(target: Target, rows: int, kinds: Kinds, device_name: str) -> Config | None:

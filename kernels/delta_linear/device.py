@@ -15,12 +15,15 @@ from kernels import launches
 from kernels.delta_linear import wide
 from kernels.delta_linear.choice import Config, Impl, choose
 from kernels.delta_linear.compact import compact
+from kernels.delta_linear.gluon_ring import ring
 from kernels.delta_linear.triton_flat import flat_kernel, sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.delta_linear.triton_unpack import unpack_kernel
 from kernels.device import SEGMENT_ROWS, DeviceDeltas, Kinds, Partials, Planes, Target
 
 __all__ = ["delta_linear", "partials_of"]
+_WIDER: Mapping[Impl, Impl] = {"ring": "flat", "stream": "signs"}
+"""What takes x of more than 16 bits, and leaves the same"""
 UNPACKED_TILES = 4
 """Of 16 outputs, of a program that unpacks signs"""
 
@@ -75,6 +78,8 @@ def delta_linear(
     config = config or choose(target, x_TK.shape[0], kinds, x_TK.device)
     if impl:
         config = replace(config, impl=impl)
+    if x_TK.dtype.itemsize > 2:
+        config = replace(config, impl=_WIDER.get(config.impl, config.impl))
     _check(x_TK, planes, weight_NK, target, kinds, out, config)
     if segments_G4.shape[0] == 0:
         kinds = Kinds()  # rows of the base alone, in a step that is not captured; delta is not written
@@ -82,11 +87,15 @@ def delta_linear(
         assert out.delta_TN is not None
         compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=False)
     match config.impl:
+        case "ring":
+            _ring(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
         case "flat":
             _flat(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
-        case "signs" | "unpack":
-            if kinds.signs and config.impl == "signs":
-                # First: it starts before its predecessor has ended, which cuBLAS's kernels do not let it.
+        case "stream" | "signs" | "unpack":
+            # Signs first: they start before their predecessor has ended, which cuBLAS's kernels do not let them.
+            if kinds.signs and config.impl == "stream":
+                _ring(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
+            elif kinds.signs and config.impl == "signs":
                 _signs(planes, target, deltas, segments_G4, kinds, out, config)
             elif kinds.signs:
                 _unpack(x_TK, target, deltas, segments_G4, kinds, out)
@@ -127,6 +136,25 @@ def _base(x_TK: torch.Tensor, weight_NK: torch.Tensor, out_TN: torch.Tensor) -> 
     torch.mm(x_TK, weight_NK.T, out=out_TN[:, :outputs])
     if out_TN.shape[1] > outputs:
         out_TN[:, outputs:].zero_()
+
+
+def _ring(
+    x_TK: torch.Tensor,
+    planes: Planes | None,
+    weight_NK: torch.Tensor,
+    target: Target,
+    deltas: DeviceDeltas,
+    segments_G4: torch.Tensor,
+    kinds: Kinds,
+    out: Partials,
+    config: Config,
+) -> None:
+    device = x_TK.device
+    ring(
+        x_TK, planes if kinds.signs else None, weight_NK, target, deltas, segments_G4, out,
+        programs=config.programs(device),
+        sharing=config.sharing(target, out.base_STN.shape[2], device) if config.impl == "ring" else 0,
+    )  # fmt: skip
 
 
 def _flat(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.delta_linear.triton_share import base_share, prefetch_base, prefetch_signs, sign_share
+from kernels.delta_linear.triton_share import base_share, sign_share
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -35,10 +35,6 @@ def flat_kernel(
     program = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
-        if program < SHARING:
-            prefetch_base(W, program, N, width, SHARING, K, BN, BK, STAGES)
-        if WORDS is not None:
-            prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES)
         gdc_wait()
     if WORDS is None:
         base_share(X, W, BASE, program, T, N, width, SHARING, K, SPLIT, BN, BK, BT, STAGES)
@@ -66,7 +62,6 @@ def sign_kernel(
     program = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
-        prefetch_signs(SLAB, TABLE, table_stride, SEGMENTS, program, N, width, PROGRAMS, KB, TILES)
         gdc_wait()
     sign_share(
         SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,

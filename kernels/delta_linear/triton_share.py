@@ -284,38 +284,6 @@ def base_share(
 
 
 @triton.jit
-def prefetch_base(
-    W, program, N, width,
-    PROGRAMS: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Ask for the first AHEAD steps of a program's share, as far as they are of one tile."""
-    STEPS: tl.constexpr = (K + BK - 1) // BK
-    lo, _ = range_of(program, PROGRAMS, (width + BN - 1) // BN * STEPS)
-    first = tl.minimum(lo % STEPS, tl.maximum(STEPS - AHEAD, 0))
-    n = tl.minimum(lo // STEPS * BN + tl.arange(0, BN), N - 1)
-    bytes_each: tl.constexpr = BK * W.dtype.element_ty.primitive_bitwidth // 8
-    ahead: tl.constexpr = AHEAD if AHEAD < STEPS else STEPS
-    if K * W.dtype.element_ty.primitive_bitwidth % 128 == 0 and K % BK == 0:
-        prefetch(W + n.to(tl.int64) * K + first * BK, tl.zeros_like(n) + ahead * bytes_each)
-
-
-@triton.jit
-def prefetch_signs(
-    SLAB, TABLE, table_stride, SEGMENTS, program, base_outputs, width,
-    PROGRAMS: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Ask for the first tiles of a program's share."""
-    tiles = (width + 15) // 16
-    lo, hi = range_of(program, PROGRAMS, tl.load(SEGMENTS + 3) * tiles)
-    if hi > lo:
-        g = lo // tiles
-        _, _, _, outputs, words = _segment_of(SLAB, TABLE, table_stride, SEGMENTS, g, base_outputs)
-        last = (outputs + 15) // 16 - 1
-        if last >= lo - g * tiles:
-            _request(words, lo - g * tiles, last, KB, TILES)
-
-
-@triton.jit
 def sign_share(
     SLAB, TABLE, table_stride, SEGMENTS, program, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
     base_outputs, width, M1, M2,

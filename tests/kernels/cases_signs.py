@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.delta_linear.choice import Config, large, rule
+from kernels.delta_linear.choice import Config, large, ringed, rule
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.device import Kinds, Planes, Target
 from tests.kernels.compile_harness import Case
@@ -16,6 +16,7 @@ QKV, DOWN = Target(1, 12288, 4096, (0, 4096, 8192)), Target(1, 4096, 11008)
 STREAMED = ("BMMA.168256.AND.POPC", "LDGSTS.*128", "LDS.128")
 BMMA = {80: STREAMED, 90: STREAMED}
 SEVERAL = {arch: (*BMMA[arch], "IMMA.16832.U8.U8", "IMMA.16832.U8.S8") for arch in BMMA}
+RING = {90: ("BMMA.168256.AND.POPC", "HGMMA", "LDGSTS.*128", "LDS.128", "UTMALDG", "ACQBULK", "USETMAXREG")}
 FLAT = {80: (*BMMA[80], "HMMA.16816"), 90: (*BMMA[90], "HGMMA")}
 
 
@@ -29,9 +30,17 @@ def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None
     )  # fmt: skip
 
 
+def ring(target: Target, rows: int, kinds: Kinds) -> None:
+    linear(target, rows, kinds, ringed(rule(target, rows, kinds, b1=True)))
+
+
 CASES = [
+    Case("linear ring 12288x4096 T1", lambda: ring(QKV, 1, Kinds()), {90: ("HGMMA", "UTMALDG", "ACQBULK")}, (90,)),
+    Case("linear ring 12288x4096 T16", lambda: ring(QKV, 16, SINGLE), RING, (90,)),
+    Case("linear ring 4096x11008 T32", lambda: ring(DOWN, 32, SINGLE), RING, (90,)),
+    Case("linear stream 4096x11008 T64", lambda: ring(DOWN, 64, SINGLE), BMMA, (90,)),
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
-    Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "UBLKPF", "ACQBULK")}),
+    Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "ACQBULK")}),
     Case("linear flat 12288x4096 T32 single", lambda: linear(QKV, 32, SINGLE), FLAT),
     Case("linear signs 12288x4096 T64 single", lambda: linear(QKV, 64, SINGLE), BMMA),
     Case("linear signs 12288x4096 T64", lambda: linear(QKV, 64, SIGNS), SEVERAL),

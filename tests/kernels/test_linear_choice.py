@@ -34,6 +34,7 @@ KINDS = {"base": Kinds(), "signs": SIGNS, "columns": Kinds(signs=True, columns=T
 def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where its measured configurations lie. Its binary tensor core passes."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(choice, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(choice, "self_check", lambda device: SelfCheck(True, ""))
     monkeypatch.setattr(choice, "_shared_bytes", lambda device: choice._SHARED_BYTES)
@@ -71,6 +72,21 @@ def test_rule() -> None:
         assert rule(square, FLAT_ROWS + 1, kinds, b1=True).impl == "signs"
     assert rule(square, 8, SIGNS, b1=False).impl == "unpack"
     assert rule(square, 8, Kinds(), b1=False).impl == "flat"
+
+
+def test_what_the_ring_takes(on_h200: Path) -> None:
+    """On Hopper: the base, and one plane of signs where no variant has several rows; many rows of the base are cuBLAS's."""
+    target, device, single = Target(0, 4096, 4096), torch.device("cuda"), replace(SIGNS, single=True)
+    for rows, kinds in ((1, Kinds()), (FLAT_ROWS, Kinds()), (1, SIGNS), (FLAT_ROWS, single)):
+        found = choose(target, rows, kinds, device)
+        assert found.impl == "ring"
+        assert found.split(target, 4096, device) == replace(found, impl="flat").split(target, 4096, device) > 1
+    found = choose(target, 64, single, device)
+    assert (found.impl, found.split(target, 4096, device)) == ("stream", 1)
+    for kinds in (SIGNS, replace(single, columns=True), replace(single, planes=2)):
+        assert choose(target, 16, kinds, device).impl == "flat"
+    for shape in ((64, 100), (64, 1001), (64, 17000)):
+        assert choose(Target(0, *shape), 16, single, device).impl == "flat"
 
 
 def test_measured_configurations_come_first(on_h200: Path) -> None:

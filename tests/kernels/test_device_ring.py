@@ -1,0 +1,110 @@
+"""Linears by `gluon_ring` against float64 and, bit for bit, the portable kernels. On a GPU of capability 9 alone: Triton's
+interpreter knows no Gluon."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.delta_linear.choice import Config, ringed
+from kernels.device import Kinds, Target, segment_table
+from tests.kernels.device_harness import DEVICE, Rows, World, rows, world
+from tests.kernels.test_device_signs import activations, check, near, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        DEVICE.type != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a GPU of capability 9"
+    ),
+]
+RING, STREAM = ringed(Config("flat")), ringed(Config("signs"))
+FLAT = Config("flat", outputs=64, inner=128, stages=2, depth=2)
+TARGETS = {
+    "odd": Target(1, 72, 1104),
+    "one block": Target(1, 24, 256),
+    "members": Target(1, 58 * 16, 1032, (0, 16, 48)),
+    "spread 2": Target(1, 4096, 5120),
+    "spread 4": Target(1, 1032, 11008),
+    "longest": Target(1, 304, 16384),
+    "7B": Target(1, 12288, 4096, (0, 4096, 8192)),
+}
+BATCHES = {
+    "one": [1],
+    "base": [0, 0, 0],
+    "distinct": [1, 2, 3, 4, 5, 6, 7, 8],
+    "with the base": [4, 0, 0, 2, 9, 0, 1],
+    "unsigned": [3],
+    "most": [*range(1, 10)] * 3 + [0] * 5,
+}
+SPECS = [{"signs": 1}, {"signs": 1}, {}, *[{"signs": 1}] * 6]
+
+
+def one_each(entries: list[int]) -> Rows:
+    """Every row of a variant is a segment of its own."""
+    batch = rows(entries)
+    runs = [(entry, row, row + 1) for row, entry in enumerate(entries) if entry]
+    return replace(batch, segments_G4=torch.tensor(segment_table(runs), dtype=torch.int32, device=DEVICE))
+
+
+def kinds_of(made: World) -> Kinds:
+    return replace(made.kinds(), single=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("entries", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_bits_are_those_of_the_portable_kernel(target: Target, entries: list[int], dtype: torch.dtype) -> None:
+    made, batch = world([Target(0, 16, 8), target], SPECS, dtype), one_each(entries)
+    x, kinds = activations(len(entries), target.inputs, dtype), kinds_of(made)
+    weight, expected = run(made, target, batch, x, FLAT, kinds=kinds)
+    for config in (RING, STREAM):
+        _, found = run(made, target, batch, x, config, kinds=kinds)
+        assert found.delta_TN is not None
+        assert expected.delta_TN is not None
+        assert torch.equal(found.delta_TN.nan_to_num(7e7), expected.delta_TN.nan_to_num(7e7))
+        base = found.base_STN.double().sum(0)
+        for row, wanted in zip(base, x.double() @ weight.double().T, strict=True):
+            near(row, wanted, 1e-5 if config is RING else 2e-2)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_against_float64(target: Target) -> None:
+    made, entries = world([Target(0, 16, 8), target], SPECS, torch.bfloat16), [1, 0, 2, 3, 9]
+    batch, x = one_each(entries), activations(5, target.inputs, torch.bfloat16)
+    _, out = run(made, target, batch, x, RING, kinds=kinds_of(made))
+    assert out.delta_TN is not None
+    for entry, start, stop in batch.segments:
+        matrix = made.matrix(entry, target).double().to(DEVICE)
+        near(out.delta_TN[start:stop], x[start:stop].double() @ matrix.T, 2e-3)
+    assert out.delta_TN[1].isnan().all(), "rows of the base are left alone"
+
+
+def test_larger_vocabularies() -> None:
+    """Columns up to each variant's own outputs; zeros from there on, in the base too."""
+    target, specs = Target(0, 40, 1104), [{"signs": 1, "extra": 10}, {"signs": 1}, {"signs": 1, "extra": 27}, {}]
+    made, batch = world([target], specs, torch.bfloat16), one_each([1, 2, 3, 4])
+    x, kinds = activations(4, 1104, torch.bfloat16), kinds_of(made)
+    weight, found = run(made, target, batch, x, RING, 90, kinds)
+    _, expected = run(made, target, batch, x, FLAT, 90, kinds)
+    assert found.delta_TN is not None
+    assert expected.delta_TN is not None
+    assert torch.equal(found.delta_TN, expected.delta_TN)
+    base = found.base_STN.double().sum(0)
+    near(base[:, :40], x.double() @ weight.double().T, 1e-5)
+    assert (base[:, 40:] == 0).all()
+
+
+def test_every_program_and_again() -> None:
+    """Few programs go round the ring many times; a hundred launches after one another give the same."""
+    target = Target(0, 4096, 4096)
+    made, batch = world([target], SPECS, torch.bfloat16), one_each([1, 2, 4, 5])
+    x, kinds = activations(4, 4096, torch.bfloat16), kinds_of(made)
+    _, first = run(made, target, batch, x, RING, kinds=kinds)
+    assert first.delta_TN is not None
+    for _ in range(100):
+        _, again = run(made, target, batch, x, RING, kinds=kinds)
+        assert again.delta_TN is not None
+        assert torch.equal(again.delta_TN, first.delta_TN)
+        assert torch.equal(again.base_STN, first.base_STN)
