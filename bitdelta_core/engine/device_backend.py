@@ -26,6 +26,7 @@ from bitdelta_core.models.device.layout import DeviceLayout, widest_vocabulary
 from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.weights import Weights
 from kernels.compiling import together
+from kernels.delta_linear.ring_check import ring_check
 from kernels.delta_linear.self_check import self_check
 
 log = logging.getLogger(__name__)
@@ -141,9 +142,10 @@ def _check_products(device: torch.device) -> str:
     """How signs are multiplied here, for the memory table; empty off CUDA. A slow way is said aloud."""
     if device.type != "cuda":
         return ""
-    checked = self_check(device)
-    log.log(logging.INFO if checked.ok else logging.WARNING, "%s", checked.reason)
-    return checked.reason
+    checked = (self_check(device), ring_check(device))
+    for one in checked:
+        log.log(logging.INFO if one.ok else logging.WARNING, "%s", one.reason)
+    return "; ".join(one.reason for one in checked)
 
 
 def _graph_reserve(sizes: int, config: EngineConfig) -> int:

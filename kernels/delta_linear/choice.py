@@ -14,6 +14,7 @@ import triton
 from kernels import configs
 from kernels.delta_linear import gluon_ring
 from kernels.delta_linear.compact_check import compact_check
+from kernels.delta_linear.ring_check import ring_check
 from kernels.delta_linear.self_check import self_check
 from kernels.device import Kinds, Target
 
@@ -98,7 +99,8 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) 
         compact_check(device)  # before capture: `compact.choose` wants to know while a graph is made
     found = _measured(target, rows, kinds, torch.cuda.get_device_name(device)) if b1 else None
     found = found or rule(target, rows, kinds, b1, _shared_bytes(device))
-    return ringed(found) if gluon_ring.supports(target, rows, kinds, device) else found
+    by_ring = gluon_ring.supports(target, rows, kinds, device) and ring_check(device).ok
+    return ringed(found) if by_ring else found
 
 
 def ringed(config: Config) -> Config:

@@ -149,11 +149,11 @@ def _ring(
     out: Partials,
     config: Config,
 ) -> None:
-    device = x_TK.device
+    width, device = out.base_STN.shape[2], x_TK.device
     ring(
-        x_TK, planes if kinds.signs else None, weight_NK, target, deltas, segments_G4, out,
-        programs=config.programs(device),
-        sharing=config.sharing(target, out.base_STN.shape[2], device) if config.impl == "ring" else 0,
+        x_TK, plane_arguments(planes if kinds.signs else None), weight_NK, target, deltas, segments_G4, kinds, out,
+        member_tiles(target, width), programs=config.programs(device),
+        sharing=config.sharing(target, width, device) if config.impl == "ring" else 0,
     )  # fmt: skip
 
 

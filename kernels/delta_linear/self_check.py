@@ -61,7 +61,7 @@ def product_error(device: torch.device, tiles: int, spread: int, warps: int) -> 
     target = Target(0, 72, 2 * 256 * warps - 300)
     sign_VNk = torch.randint(0, 256, (2, target.outputs, -(-target.inputs // 8)), dtype=torch.uint8, generator=gen)
     scale_VN = torch.rand(2, target.outputs, generator=gen)
-    deltas = _deltas(sign_VNk, scale_VN, target, device)
+    deltas = sign_deltas(sign_VNk, scale_VN, target, device)
     planes = planes_reference(torch.randn(1, _ROWS, target.inputs, generator=gen).to(device))
     segments = torch.tensor(segment_table(_SEGMENTS), dtype=torch.int32, device=device)
     out_TN = torch.full((_ROWS, target.outputs), torch.nan, device=device)
@@ -77,7 +77,7 @@ def product_error(device: torch.device, tiles: int, spread: int, warps: int) -> 
     return float((out_TN.cpu() - expected).abs().max() / expected.square().mean().sqrt())
 
 
-def _deltas(sign_VNk: torch.Tensor, scale_VN: torch.Tensor, target: Target, device: torch.device) -> DeviceDeltas:
+def sign_deltas(sign_VNk: torch.Tensor, scale_VN: torch.Tensor, target: Target, device: torch.device) -> DeviceDeltas:
     """Two variants, entries 1 and 2."""
     high, wide = target.tiles
     words = torch.empty(2, high, wide, 32, 4, dtype=torch.int32)

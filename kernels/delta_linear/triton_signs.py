@@ -23,13 +23,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_MMA = tl.constexpr(
+MMA = tl.constexpr(
     "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
     " {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$0,$1,$2,$3};\n"
     "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
     " {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$14,$15}, {$4,$5,$6,$7};"
 )
-_OPERANDS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 8 + [str(i) for i in range(8)]))
+OPERANDS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 8 + [str(i) for i in range(8)]))
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def multiply(signs, planes, low, high):
     """low += signs x the first two words of planes, high += signs x the last two; int32 [TILES, SPREAD * 128], of which
     a lane holds 4 words that follow each other. Never pure: the compiler may not move it out of a uniform flow."""
     return tl.inline_asm_elementwise(
-        _MMA, _OPERANDS, [signs, planes, low, high], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
+        MMA, OPERANDS, [signs, planes, low, high], dtype=(tl.int32, tl.int32), is_pure=False, pack=4
     )
 
 

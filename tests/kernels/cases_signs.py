@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kernels.delta_linear.choice import Config, large, ringed, rule
@@ -38,6 +40,7 @@ CASES = [
     Case("linear ring 12288x4096 T1", lambda: ring(QKV, 1, Kinds()), {90: ("HGMMA", "UTMALDG", "ACQBULK")}, (90,)),
     Case("linear ring 12288x4096 T16", lambda: ring(QKV, 16, SINGLE), RING, (90,)),
     Case("linear ring 4096x11008 T32", lambda: ring(DOWN, 32, SINGLE), RING, (90,)),
+    Case("linear ring 12288x4096 T16 columns", lambda: ring(QKV, 16, replace(SINGLE, columns=True)), RING, (90,)),
     Case("linear stream 4096x11008 T64", lambda: ring(DOWN, 64, SINGLE), BMMA, (90,)),
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
     Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "ACQBULK")}),

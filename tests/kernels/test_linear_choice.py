@@ -11,7 +11,7 @@ import torch
 
 from kernels import configs
 from kernels.delta_linear import choice
-from kernels.delta_linear.choice import FLAT_ROWS, Config, candidates, choose, key, program_of, rule, settings
+from kernels.delta_linear.choice import FLAT_ROWS, Config, candidates, choose, key, program_of, ringed, rule, settings
 from kernels.delta_linear.device import member_blocks, member_tiles
 from kernels.delta_linear.self_check import SelfCheck, native_b1
 from kernels.device import Kinds, Target
@@ -37,6 +37,7 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(choice, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(choice, "self_check", lambda device: SelfCheck(True, ""))
+    monkeypatch.setattr(choice, "ring_check", lambda device: SelfCheck(True, ""))
     monkeypatch.setattr(choice, "_shared_bytes", lambda device: choice._SHARED_BYTES)
     monkeypatch.setattr(configs, "_ROOT", tmp_path)
     configs._table.cache_clear()
@@ -75,7 +76,7 @@ def test_rule() -> None:
 
 
 def test_what_the_ring_takes(on_h200: Path) -> None:
-    """On Hopper: the base, and one plane of signs where no variant has several rows; many rows of the base are cuBLAS's."""
+    """On Hopper: the base, and one plane of signs where no variant has several rows."""
     target, device, single = Target(0, 4096, 4096), torch.device("cuda"), replace(SIGNS, single=True)
     for rows, kinds in ((1, Kinds()), (FLAT_ROWS, Kinds()), (1, SIGNS), (FLAT_ROWS, single)):
         found = choose(target, rows, kinds, device)
@@ -83,7 +84,8 @@ def test_what_the_ring_takes(on_h200: Path) -> None:
         assert found.split(target, 4096, device) == replace(found, impl="flat").split(target, 4096, device) > 1
     found = choose(target, 64, single, device)
     assert (found.impl, found.split(target, 4096, device)) == ("stream", 1)
-    for kinds in (SIGNS, replace(single, columns=True), replace(single, planes=2)):
+    assert choose(target, 16, replace(single, columns=True), device).impl == "ring"
+    for kinds in (SIGNS, replace(single, planes=2)):
         assert choose(target, 16, kinds, device).impl == "flat"
     for shape in ((64, 100), (64, 1001), (64, 17000)):
         assert choose(Target(0, *shape), 16, single, device).impl == "flat"
@@ -95,15 +97,16 @@ def test_measured_configurations_come_first(on_h200: Path) -> None:
     on_h200.write_text(json.dumps({key(target, 8, SIGNS): settings(measured)}))
     assert choose(target, 7, SIGNS, device) == measured
     assert choose(target, 5, SIGNS, device) == measured
-    for kinds in (KINDS["base"], KINDS["columns"]):
-        assert choose(target, 8, kinds, device) == rule(target, 8, kinds, b1=True)
+    assert choose(target, 8, KINDS["columns"], device) == rule(target, 8, KINDS["columns"], b1=True)
+    assert choose(target, 8, Kinds(), device) == ringed(rule(target, 8, Kinds(), b1=True))
 
 
-def test_the_nearest_measured_rows_serve(on_h200: Path) -> None:
+def test_the_nearest_measured_rows_serve(on_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact, else the next larger, else the next smaller; more than FLAT_ROWS take none of fewer rows."""
     target, device = Target(0, 4096, 4096), torch.device("cuda")
     measured = {rows: Config("flat", stages=rows) for rows in (2, 8, FLAT_ROWS)}
     on_h200.write_text(json.dumps({key(target, rows, SIGNS): settings(c) for rows, c in measured.items()}))
+    monkeypatch.setattr(choice, "ring_check", lambda device: SelfCheck(False, "off by 1"))
     for rows, nearest in {1: 2, 2: 2, 3: 8, 8: 8, 9: FLAT_ROWS, FLAT_ROWS: FLAT_ROWS}.items():
         assert choose(target, rows, SIGNS, device) == measured[nearest]
     assert choose(target, FLAT_ROWS + 1, SIGNS, device) == rule(target, FLAT_ROWS + 1, SIGNS, b1=True)

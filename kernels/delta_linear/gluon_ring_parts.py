@@ -1,0 +1,76 @@
+"""What both hands of `gluon_ring` know: places of the ring, shares, segments."""
+
+# Triton's language is not Python's:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+
+from kernels.delta_linear import triton_parts
+from kernels.device import UNIT
+
+# Their names differ between versions of Triton.
+load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+UNDERSCORE = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+"""Whether that is its name"""
+
+PLACES = gl.constexpr(6)
+"""Of the ring, an even number. 16 KB each"""
+WINDOW, FIRST_WINDOW = gl.constexpr(3), gl.constexpr(1)
+"""How many of a program are under way at a time; as long as the ring has not been full once. More keep the memory no
+busier, and what others ask for beside them waits for them all: the norm that makes this linear's rows, above all"""
+ARRIVALS = gl.constexpr(33)
+"""That make a place full: all lanes' copies and the warp's word, or a bulk copy that counts bytes, and 32 words"""
+WORDS = gl.constexpr(UNIT // 4)
+"""Of 32 bits, or floats, in a UNIT"""
+SIGN, SCALE, PLANES, OUTPUTS = triton_parts.SIGN, triton_parts.SCALE, triton_parts.PLANES, triton_parts.OUTPUTS
+COL = triton_parts.COL
+
+
+@gluon.jit
+def range_of(program, programs, total):
+    """`triton_share.range_of`."""
+    each, more = total // programs, total % programs
+    first = program * each + gl.minimum(program, more)
+    return first, first + each + (program < more).to(gl.int32)
+
+
+@gluon.jit
+def program_of(one, programs, total):
+    """`triton_share.program_of`."""
+    each, more = total // programs, total % programs
+    longer = more * (each + 1)
+    return gl.where(one < longer, one // (each + 1), more + (one - longer) // each)
+
+
+@gluon.jit
+def slot_of(place):
+    """Where in the ring, and how many times it has been gone round, as a bit."""
+    return place % PLACES, place // PLACES & 1
+
+
+@gluon.jit
+def await_room(full, empty, place):
+    """Wait until the place is free, and until no more than WINDOW places will be under way. Returns where it is."""
+    slot, phase = slot_of(place)
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    window = gl.where(place < PLACES, FIRST_WINDOW, WINDOW)
+    before, phase = slot_of(gl.maximum(place - window, 0))
+    mbarrier.wait(full.index(before), phase, pred=place >= window)
+    return slot
+
+
+@gluon.jit
+def segment(TABLE, table_stride, SEGMENTS, g, base_outputs):
+    """(its entry's place in the table, first row, outputs that have signs)."""
+    at = gl.load(SEGMENTS + g * 4) * table_stride
+    own = gl.load(TABLE + at + OUTPUTS)
+    outputs = gl.where(own > 0, own, base_outputs)
+    sign, scale, planes = gl.load(TABLE + at + SIGN), gl.load(TABLE + at + SCALE), gl.load(TABLE + at + PLANES)
+    return at, gl.load(SEGMENTS + g * 4 + 1), gl.where((sign >= 0) & (scale >= 0) & (planes > 0), outputs, 0)
