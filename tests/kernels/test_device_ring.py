@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.delta_linear import gluon_ring
 from kernels.delta_linear.choice import Config, ringed
 from kernels.delta_linear.ring_check import ring_check
 from kernels.device import Kinds, Target, segment_table
@@ -21,7 +22,6 @@ pytestmark = [
     ),
 ]
 RING, STREAM = ringed(Config("flat")), ringed(Config("signs"))
-FLAT = Config("flat", outputs=64, inner=128, stages=2, depth=2)
 TARGETS = {
     "odd": Target(1, 72, 1104),
     "one block": Target(1, 24, 256),
@@ -51,6 +51,12 @@ def one_each(entries: list[int]) -> Rows:
     return replace(batch, segments_G4=torch.tensor(segment_table(runs), dtype=torch.int32, device=DEVICE))
 
 
+def flat(target: Target) -> Config:
+    """All columns of a row at once, as the ring has them: with column scales, parts are rounded one by one."""
+    tiles, spread = gluon_ring.item(target)
+    return Config("flat", outputs=64, inner=128, stages=2, tiles=tiles, spread=spread, depth=2)
+
+
 def kinds_of(made: World) -> Kinds:
     return replace(made.kinds(), single=True)
 
@@ -65,7 +71,7 @@ def test_bits_are_those_of_the_portable_kernel(
 ) -> None:
     made, batch = world([Target(0, 16, 8), target], specs, dtype), one_each(entries)
     x, kinds = activations(len(entries), target.inputs, dtype), kinds_of(made)
-    weight, expected = run(made, target, batch, x, FLAT, kinds=kinds)
+    weight, expected = run(made, target, batch, x, flat(target), kinds=kinds)
     for config in (RING, STREAM):
         _, found = run(made, target, batch, x, config, kinds=kinds)
         assert found.delta_TN is not None
@@ -94,7 +100,7 @@ def test_larger_vocabularies() -> None:
     made, batch = world([target], specs, torch.bfloat16), one_each([1, 2, 3, 4])
     x, kinds = activations(4, 1104, torch.bfloat16), kinds_of(made)
     weight, found = run(made, target, batch, x, RING, 90, kinds)
-    _, expected = run(made, target, batch, x, FLAT, 90, kinds)
+    _, expected = run(made, target, batch, x, flat(target), 90, kinds)
     assert found.delta_TN is not None
     assert expected.delta_TN is not None
     assert torch.equal(found.delta_TN, expected.delta_TN)
