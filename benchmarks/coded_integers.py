@@ -1,19 +1,28 @@
-"""How fast codes of `spectral` are decoded on a CPU, most of a cold load: python benchmarks/coded_integers.py
+"""How fast codes of `spectral` are decoded on a CPU, most of a cold load.
+
+    python benchmarks/coded_integers.py [--processes 1 2] [--layers 4]
 
 Factors of normal numbers, 256 components of 4096 x 4096; one thread. A line for one matrix after another and for
-several together, as layouts fill (`bitdelta_core.delta.together`), in benchmarks/results/coded_integers.jsonl.
+several together, as layouts fill (`bitdelta_core.delta.together`). Then a delta of so many layers of a 7B is read into
+a host buffer by so many loader processes, the best of three loads. In benchmarks/results/coded_integers.jsonl.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import load_gaps
 import numpy as np
+import synthetic
 import torch
 
 from bitdelta_core.delta import entropy, rans
@@ -29,25 +38,46 @@ def matrix(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return q.flatten(), entropy.best_classes(q)[0].repeat_interleave(SIDE)
 
 
-def main() -> None:
+def decoded() -> Iterator[dict[str, int]]:
     made = [matrix(seed) for seed in range(MATRICES)]
     codes = rans.encode(made, torch.device("cpu"))
     items = [(code.numpy(), classes.numpy()) for code, (_, classes) in zip(codes, made, strict=True)]
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False
-    )
-    conditions = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": described.stdout.strip(), "cores": os.cpu_count()}
-    conditions |= {"numpy": np.__version__, "rank": RANK, "side": SIDE, "command": "benchmarks/coded_integers.py"}
     for together in (1, MATRICES):
         groups = [items[i : i + together] for i in range(0, MATRICES, together)]
         started = time.perf_counter()
         found = [values for group in groups for values in entropy.decode_together(group)]
         seconds = time.perf_counter() - started
         assert all(np.array_equal(v, values.numpy()) for v, (values, _) in zip(found, made, strict=True))
-        rate = sum(map(len, found)) / seconds
-        print(f"{together} together: {rate / 1e6:.0f} million values a second", flush=True)
-        with RESULTS.open("a") as out:
-            out.write(json.dumps({"together": together, "values_per_s": round(rate), **conditions}) + "\n")
+        yield {"together": together, "rank": RANK, "side": SIDE, "values_per_s": round(sum(map(len, found)) / seconds)}
+
+
+def loaded(counts: list[int], layers: int) -> Iterator[dict[str, int | float]]:
+    model = replace(synthetic.SHAPES["llama-2-7b"], layers=layers).model()
+    with tempfile.TemporaryDirectory() as work:
+        delta = synthetic.write_delta(model, Path(work) / "delta", "auto")
+        for count in counts:
+            ways, processes = load_gaps.loaders(model, count)
+            seen, values = load_gaps.Seen(), ways["process"][0].open(delta).layout.coded_values
+            for _ in range(3):
+                load_gaps.load(*ways["process"], delta, seen)
+            processes.close()
+            yield {"processes": count, "layers": layers, "values": values, "fill_s": round(min(seen.fills), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--layers", type=int, default=4)
+    arguments = parser.parse_args()
+    git = ["git", "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    conditions = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit, "cores": os.cpu_count()}
+    conditions |= {"numpy": np.__version__, "command": "benchmarks/coded_integers.py"}
+    for lines in (decoded(), loaded(arguments.processes, arguments.layers)):
+        for line in lines:
+            print(line, flush=True)
+            with RESULTS.open("a") as out:
+                out.write(json.dumps({**line, **conditions}) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def turn(seconds: float, seen: Seen, work: Callable[[], None] | None) -> None:
     beside.join()
 
 
-def loaders(model: ModelConfig) -> tuple[dict[str, tuple[DeltaLoader, HostBuffers]], LoaderProcesses]:
-    """Of deltas that need no base."""
+def loaders(model: ModelConfig, count: int = 1) -> tuple[dict[str, tuple[DeltaLoader, HostBuffers]], LoaderProcesses]:
+    """Of deltas that need no base. count: of processes."""
     parameters = Parameters.of(model)
     shapes = {name: (place.rows, place.columns) for name, place in parameters.linears.items()}
     rule = LayoutRule(decoder="device", model=model, dtype=torch.bfloat16, device="cuda")
@@ -103,7 +103,7 @@ def loaders(model: ModelConfig) -> tuple[dict[str, tuple[DeltaLoader, HostBuffer
         base="", base_fingerprint="", base_sha256=synthetic.NO_BASE, base_shapes=shapes, rule=rule,
         threads=torch.get_num_threads(),
     )  # fmt: skip
-    processes, plain = LoaderProcesses(setup, 1), _Kept(torch.device("cpu"))
+    processes, plain = LoaderProcesses(setup, count), _Kept(torch.device("cpu"))
     thread = ThreadLoader(rule, synthetic.NO_BASE, shapes, nothing)
     beside = HostBuffers(plain, keep=1, make_memory=processes.make_memory)
     return {"thread": (thread, HostBuffers(plain, keep=1)), "process": (ProcessLoader(processes), beside)}, processes

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.delta.spec import ScaleLayout, TensorEntry
+from bitdelta_core.delta.spectral import Coded, parts_of
 from bitdelta_core.delta.writer import write
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.parameters import EMBED, HEAD, Parameters
@@ -166,29 +168,50 @@ def random_part(dtype: torch.dtype, shape: tuple[int, ...], generator: torch.Gen
     return (torch.rand(shape, generator=generator, device=where) * 0.01 + 0.001).to(dtype).cpu()
 
 
+def _codes(found: Sequence[TensorEntry], generator: torch.Generator) -> dict[str, dict[str, torch.Tensor]]:
+    """Of components that are spread from 3 steps down to 0.4. All matrices of one shape have the same."""
+
+    def coded(entry: TensorEntry) -> Coded:
+        steps_r = torch.linspace(3, 0.4, entry.rank, device=generator.device)[:, None]
+        a, b = (
+            (torch.randn(entry.rank, n, generator=generator, device=generator.device) * steps_r).round().char()
+            for n in (entry.shape[1], entry.rows)
+        )
+        return Coded(a, b, 1e-3, torch.zeros(entry.rank, dtype=torch.uint8, device=generator.device))
+
+    first = {(e.rank, e.shape[1], e.rows): e for e in found}
+    parts = dict(zip(first, parts_of([coded(e) for e in first.values()], generator.device), strict=True))
+    return {e.name: parts[e.rank, e.shape[1], e.rows] for e in found}
+
+
 def write_delta(
     base: Path | ModelConfig, out: Path, kind: Kind, *, seed: int = 0, planes: int = 1, rank: int = 16
 ) -> Path:
-    """A delta of random numbers for a checkpoint; or for a model of which there are no files, with NO_BASE's hash.
-
-    Not of kind auto: random bytes are no code.
-    """
-    assert kind != "auto"
+    """A delta of random numbers for a checkpoint; or for a model of which there are no files, with NO_BASE's hash."""
     model, sha256, name = base, NO_BASE, ""
     if isinstance(base, Path):
         checkpoint = Checkpoint(base)
         model, sha256, name = ModelConfig.from_hf(checkpoint.config), checkpoint.sha256(), base.name
     assert isinstance(model, ModelConfig)
     found = sorted(entries(model, kind, planes=planes, rank=rank), key=lambda e: e.name)
+    generator = torch.Generator(device()).manual_seed(seed)
+    codes = _codes(found, generator) if kind == "auto" else {}
+    found = [replace(e, code_bytes=codes[e.name]["code"].numel()) if e.name in codes else e for e in found]
     config = DeltaConfig(
         base_sha256=sha256,
-        codec="lora" if kind == "lora" else "dense" if kind == "dense" else "bitdelta",
+        codec=kind if kind in ("lora", "dense", "auto") else "bitdelta",
         tensors={entry.name: entry for entry in found},
         files={},
         base_model_name_or_path=name,
     )
-    generator = torch.Generator(device()).manual_seed(seed)
     parts = (
-        (e, {part: random_part(dtype, shape, generator) for part, (dtype, shape) in e.parts().items()}) for e in found
+        (
+            e,
+            {
+                part: codes[e.name][part] if part in codes.get(e.name, {}) else random_part(dtype, shape, generator)
+                for part, (dtype, shape) in e.parts().items()
+            },
+        )
+        for e in found
     )
     return write(out, config, parts, sidecars={})

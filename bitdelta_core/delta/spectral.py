@@ -74,7 +74,7 @@ def coded_of(stored: Sequence[tuple[TensorEntry, Mapping[str, torch.Tensor]]], d
         DeltaFormatError: a code does not decode.
     """
     found = []
-    for group in _groups(stored, [_values(entry) for entry, _ in stored], device):
+    for group in _groups(stored, [values_of(entry) for entry, _ in stored], device):
         items = [(parts["code"], _per_symbol(parts["spread"], entry.shape[1], entry.rows)) for entry, parts in group]
         try:
             values = _decoded(items) if device.type == "cpu" else rans.decode(items, device)
@@ -95,10 +95,11 @@ def _decoded(items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.T
 
 def together(entries: Sequence[TensorEntry], device: torch.device) -> Iterator[list[TensorEntry]]:
     """Neighbours that `coded_of` decodes at once."""
-    return _groups(entries, [_values(entry) for entry in entries], device)
+    return _groups(entries, [values_of(entry) for entry in entries], device)
 
 
-def _values(entry: TensorEntry) -> int:
+def values_of(entry: TensorEntry) -> int:
+    """How many integers its code stands for."""
     return entry.rank * (entry.shape[1] + entry.rows)
 
 

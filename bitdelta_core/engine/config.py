@@ -76,8 +76,9 @@ class EngineConfig:
     load_threads: int = 2
     """Deltas read into host buffers at the same time; bounds the host memory that loading takes."""
     loader: LoaderName = "auto"
-    """Who reads deltas into host buffers. process: as many processes as load_threads (Linux), so that running steps
-    have the interpreter for themselves; thread: threads of this process. auto: the first on a GPU, else the second."""
+    """Who reads deltas into host buffers. process: processes (Linux), so that running steps have the interpreter for
+    themselves, half as many as there are cores, load_threads to 8; a delta with much to decode is several's. thread:
+    threads of this process. auto: the first on a GPU, else the second."""
     delta_retry_s: float = 30.0
     """How long a delta that failed to load is refused before it is tried again."""
     slab_patience_s: float = 2.0

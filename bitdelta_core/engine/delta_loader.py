@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +16,11 @@ from bitdelta_core.engine.layouts import Layout, LayoutRule
 from bitdelta_core.engine.loader_processes import LoaderProcesses
 from bitdelta_core.engine.loader_wire import Planned
 from bitdelta_core.engine.shared_memory import SharedMemory
+from bitdelta_core.models.share import Share
 from bitdelta_core.models.variant import BaseWeights
+
+VALUES_EACH = 2**24
+"""Integers to decode that are worth another process: a quarter of a second"""
 
 
 class LoadableDelta(Protocol):
@@ -104,8 +110,15 @@ class _PlannedDelta:
     def fill(self, host: HostBuffer) -> None:
         assert host.shared is not None, "memory that loader processes cannot see"
         assert self._stored, "filled twice"
-        files, nbytes = self._files.descriptors, self.layout.nbytes
-        self._processes.call("fill", stored=self._stored, nbytes=nbytes, memory=host.shared, files=files)
+        fill = partial(
+            self._processes.call, "fill", stored=self._stored, nbytes=self.layout.nbytes, memory=host.shared,
+            files=self._files.descriptors,
+        )  # fmt: skip
+        count = min(self._processes.count, max(1, self.layout.coded_values // VALUES_EACH))
+        with ThreadPoolExecutor(count, thread_name_prefix="delta-fill") as pool:
+            shares = [pool.submit(fill, share=Share(i, count)) for i in range(count)]
+        for share in shares:  # none of them writes any more, whatever became of the others
+            share.result()
         self._files.close()
         self._stored = b""
 

@@ -9,6 +9,7 @@ import torch
 
 from bitdelta_core.models import forms
 from bitdelta_core.models.config import ModelConfig
+from bitdelta_core.models.share import WHOLE, Share
 from bitdelta_core.models.variant import BaseWeights, DeltaConfigLike, VariantLayout
 
 
@@ -21,7 +22,12 @@ class Layout(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights) -> None: ...
+    @property
+    def coded_values(self) -> int:
+        """How many integers filling has to decode: what takes most of a long load."""
+        ...
+
+    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights, share: Share = WHOLE) -> None: ...
 
     def for_use(self) -> Self:
         """The same without what only filling needs: quick to send to another process."""

@@ -4,7 +4,7 @@
 
 SOCKET is the number of an inherited descriptor. It answers one request after the other, and ends when the other end of
 the socket is closed, as it is when the engine's process dies. It remembers the buffers that it has mapped, and nothing
-of a delta: any process can fill what another has opened.
+of a delta: any process can fill what another has opened, or a share of it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bitdelta_core.engine.layouts import Layout
 from bitdelta_core.engine.loader_wire import Answer, Planned, Received, Request, Setup, close_all, receive, send
 from bitdelta_core.engine.shared_memory import mapped
 from bitdelta_core.errors import BitDeltaError, CheckpointError
+from bitdelta_core.models.share import Share
 from bitdelta_core.models.weights import MappedWeights
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ class Worker:
         """Take the buffer's pages from the system: here, where nobody waits for it."""
         buffer.zero_()
 
-    def fill(self, stored: bytes, nbytes: int, *, files: list[int], buffer: torch.Tensor) -> None:
-        """Write a delta's extent into the first `nbytes` of the buffer.
+    def fill(self, stored: bytes, nbytes: int, share: Share, *, files: list[int], buffer: torch.Tensor) -> None:
+        """Write a share of a delta's extent into the first `nbytes` of the buffer.
 
         Args:
             stored: `Planned.stored`
@@ -71,7 +72,7 @@ class Worker:
         assert nbytes == layout.nbytes
         names = reader.config.weight_files
         places = {name: Path(f"/proc/self/fd/{descriptor}") for name, descriptor in zip(names, files, strict=True)}
-        layout.fill(reader.at(places), buffer[:nbytes], self)
+        layout.fill(reader.at(places), buffer[:nbytes], self, share)
 
     def linear_weight(self, name: str) -> torch.Tensor:
         """Of the base, which is opened when the first delta needs it."""

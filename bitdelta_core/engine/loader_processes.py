@@ -26,6 +26,9 @@ from bitdelta_core.errors import DeltaUnavailable
 
 log = logging.getLogger(__name__)
 MODULE = "bitdelta_core.engine.loader_process"
+NICENESS = 5
+"""More than the engine's, whose steps and whose own start come first where cores are few"""
+_RUN = "import os, runpy; os.nice({}); runpy.run_module('{}', run_name='__main__', alter_sys=True)"
 
 
 class ProcessDied(Exception):
@@ -112,6 +115,7 @@ class LoaderProcesses:
     """Several. Any thread may call."""
 
     def __init__(self, setup: Setup, count: int) -> None:
+        self.count = count
         self._setup = setup
         self._lock = threading.Lock()
         self._processes = [LoaderProcess(setup) for _ in range(count)]
@@ -176,7 +180,7 @@ class LoaderProcesses:
 
 def _launch(theirs: socket.socket, threads: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],
+        [sys.executable, "-P", "-c", _RUN.format(NICENESS, MODULE), str(theirs.fileno())],
         env=_environment(threads),
         pass_fds=(theirs.fileno(),),
         stdin=subprocess.DEVNULL,

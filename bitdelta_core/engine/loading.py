@@ -38,6 +38,8 @@ from bitdelta_core.models.decoder import Decoder
 from bitdelta_core.models.weights import Weights
 
 log = logging.getLogger(__name__)
+MOST_LOADERS = 8
+"""Processes, which share the codes of a delta. 300 MB of host memory each"""
 
 
 class LoadedBase:
@@ -112,7 +114,7 @@ class LoadedBase:
             rule=self.rule,
             threads=max(1, min(torch.get_num_threads(), cores // config.load_threads)),
         )
-        return ProcessLoader(LoaderProcesses(setup, config.load_threads))
+        return ProcessLoader(LoaderProcesses(setup, max(config.load_threads, min(MOST_LOADERS, cores // 2))))
 
     def _backend(self, on_device: bool, why: str) -> Backend:
         if not on_device:

@@ -17,12 +17,14 @@ from typing import Any, Protocol
 import torch
 
 from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.delta.spectral import values_of
 from bitdelta_core.delta.together import FactorsTogether
 from bitdelta_core.errors import CheckpointError, DeltaFormatError
 from bitdelta_core.models import forms
 from bitdelta_core.models.config import ModelConfig
 from bitdelta_core.models.forms import Form, Member, Region
 from bitdelta_core.models.parameters import EMBED, HEAD, NO_PARAMETERS, Parameters, Place
+from bitdelta_core.models.share import WHOLE, Share
 from kernels.deltas import Placed
 
 ALIGNMENT = 256
@@ -107,16 +109,25 @@ class VariantLayout:
         block = arena.take((parameters.vector_elements,), dtype) if vectors else None
         return cls(config, arena.nbytes, planned, block, vectors, parameters)
 
-    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights) -> None:
-        """Write every tensor into `buffer` (uint8 [nbytes], host memory).
+    @property
+    def coded_values(self) -> int:
+        """How many integers filling has to decode."""
+        return sum(self._coded())
+
+    def _coded(self) -> list[int]:
+        return [sum(map(values_of, forms.spectral_entries([form]))) for _, _, form in self.forms]
+
+    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights, share: Share = WHOLE) -> None:
+        """Write every tensor into `buffer` (uint8 [nbytes], host memory), or a share of them.
 
         Raises:
             DeltaFormatError: a value that is not finite, naming the parameter.
         """
-        together = FactorsTogether(reader, forms.spectral_entries([form for _, _, form in self.forms]))
-        for _, _, form in self.forms:
+        mine = [form for _, _, form in self.forms[share.of(self._coded())]]
+        together = FactorsTogether(reader, forms.spectral_entries(mine))
+        for form in mine:
             form.fill(together, buffer, base.linear_weight)
-        if self.vectors is not None:
+        if self.vectors is not None and share.index == 0:
             fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
 
     def for_use(self) -> VariantLayout:

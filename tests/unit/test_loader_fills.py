@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitdelta_core.engine import loader_processes
+from bitdelta_core.engine import delta_loader, loader_processes
 from bitdelta_core.engine.delta_loader import DeltaLoader
 from bitdelta_core.errors import BaseMismatch, BitDeltaError, CheckpointError, DeltaFormatError, UnsupportedFormat
 from tests.engine.engine_zoo import overwrite
@@ -73,6 +73,38 @@ def test_the_same_bytes_for_every_codec(pair: Pair) -> None:
     assert len({extent.numpy().tobytes() for extent in found.values()}) == len(ALL)
     assert pair.processes.restarts == 0
     pair.processes.check_integrity()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_processes_fill_one_extent(
+    layout: str, places: dict[bool, Place], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each its share of what has to be decoded; when one of them finds an error, the others have ended before it is
+    told."""
+    monkeypatch.setattr(loader_processes, "_launch", ThreadedProcess)
+    monkeypatch.setattr(delta_loader, "VALUES_EACH", 500)
+    place = places[False].laid_out(**LAYOUTS[layout])
+    processes, beside = process_loader(place, 3)
+    hosts, shares = host_buffers(processes), []
+    call = processes.call
+
+    def counted(name: str, **arguments: Any) -> Any:
+        shares.append(arguments.get("share"))
+        return call(name, **arguments)
+
+    monkeypatch.setattr(processes, "call", counted)
+    threads = place.threads()
+    for kind in ("auto", "sign", "auto"):
+        shares.clear()
+        assert torch.equal(filled(beside, place.deltas[kind], hosts), filled(threads, place.deltas[kind]))
+        found = sorted(share.index for share in shares if share is not None)
+        assert found == ([0, 1, 2] if kind == "auto" else [0])
+    delta = Path(shutil.copytree(place.deltas["auto"], tmp_path / "delta"))
+    overwrite(delta / "delta.safetensors", "layers.0.mlp.up_proj.weight.scale", float("nan"))
+    assert said(beside, delta, hosts) == said(threads, delta)
+    assert processes.restarts == 0
+    processes.check_integrity()
+    processes.close()
 
 
 def test_layouts_are_the_same_but_for_what_fills(pair: Pair) -> None:

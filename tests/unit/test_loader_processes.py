@@ -111,6 +111,13 @@ def test_both_sides_see_one_memory(processes: LoaderProcesses) -> None:
     assert (memory.bytes_ == 0).all()
 
 
+def test_steps_come_first(processes: LoaderProcesses) -> None:
+    """Where cores are few, the engine's process has them."""
+    processes.call("touch", memory=SharedMemory(SMALLEST))
+    ours, theirs = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, processes._processes[0].pid))
+    assert theirs == min(19, ours + loader_processes.NICENESS)
+
+
 def test_nothing_leaks(place: Place, processes: LoaderProcesses) -> None:
     """Neither descriptors nor memory, here or there, of many loads, failed ones among them."""
     loader, hosts = ProcessLoader(processes), host_buffers(processes)
@@ -124,7 +131,10 @@ def test_nothing_leaks(place: Place, processes: LoaderProcesses) -> None:
 
     load()
     pid = processes._processes[0].pid
-    threading.Event().wait(0.2)  # the second buffer is made
+    deadline = time.monotonic() + 30
+    while len(hosts._kept) < 2:  # the second buffer is made in the background
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     before = descriptors(), descriptors(pid), memories(), memories(pid)
     for _ in range(10):
         load()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bitdelta_core.delta.spec import TensorEntry
+from bitdelta_core.delta.spectral import values_of
 from bitdelta_core.delta.together import FactorsTogether
 from bitdelta_core.errors import DeltaFormatError
 from bitdelta_core.models import forms
@@ -21,6 +22,7 @@ from bitdelta_core.models.device.parts import Part
 from bitdelta_core.models.device.targets import misfit, targets_of
 from bitdelta_core.models.forms import Region
 from bitdelta_core.models.parameters import EMBED, HEAD, NO_PARAMETERS, Parameters
+from bitdelta_core.models.share import WHOLE, Share
 from bitdelta_core.models.variant import (
     Arena,
     BaseWeights,
@@ -71,6 +73,8 @@ class DeviceLayout:
     parts: tuple[Part, ...]
     vectors: Region | None
     vector_entries: tuple[TensorEntry, ...]
+    coded_values: int
+    """How many integers filling has to decode"""
     _parameters: Parameters
     _table_JF: torch.Tensor
     """Offsets from the start of the extent."""
@@ -105,18 +109,20 @@ class DeviceLayout:
         _finish_tables(table_JF, targets, config, base_config)
         kinds = _kinds(planned, config)
         planned_parts = tuple(part for found in planned.values() for part in found)
-        return cls(config, arena.nbytes, kinds, planned_parts, block, vectors, parameters, table_JF)
+        coded = sum(map(_coded, planned_parts))
+        return cls(config, arena.nbytes, kinds, planned_parts, block, vectors, coded, parameters, table_JF)
 
-    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights) -> None:
-        """Write every tensor into `buffer` (uint8 [nbytes], host memory).
+    def fill(self, reader: forms.Reader, buffer: torch.Tensor, base: BaseWeights, share: Share = WHOLE) -> None:
+        """Write every tensor into `buffer` (uint8 [nbytes], host memory), or a share of them.
 
         Raises:
             DeltaFormatError: a value that is not finite, naming the parameter.
         """
-        together = FactorsTogether(reader, parts.spectral_entries(self.parts))
-        for part in self.parts:
+        mine = self.parts[share.of([_coded(part) for part in self.parts])]
+        together = FactorsTogether(reader, parts.spectral_entries(mine))
+        for part in mine:
             part.fill(together, buffer, base.linear_weight)
-        if self.vectors is not None:
+        if self.vectors is not None and share.index == 0:
             fill_vectors(reader, self.vectors.view(buffer), base.vectors_V, self.vector_entries, self._parameters)
 
     def for_use(self) -> DeviceLayout:
@@ -134,6 +140,10 @@ class DeviceLayout:
     def vectors_at(self, extent_start: int) -> int | None:
         """Offset in UNITs of the variant's block of vectors; None: as in the base."""
         return None if self.vectors is None else (extent_start + self.vectors.start) // UNIT
+
+
+def _coded(part: Part) -> int:
+    return sum(map(values_of, parts.spectral_entries([part])))
 
 
 def _outputs(name: str, target: Target, config: ModelConfig) -> int:
