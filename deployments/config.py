@@ -117,6 +117,9 @@ class AppConfig(BaseSettings):
     catalog_ttl_s: float = Field(default=2.0, ge=0)
     """How long a name keeps its meaning: a new version or a moved alias is served after this time at the latest."""
     keep_alive_s: float = Field(default=15.0, gt=0)
+    stream_messages_per_s: int = Field(default=400, ge=0)
+    """Of a replica's streams together. With more streams each sends rarer, several tokens at once, at most 0.1 s late.
+    0: every token at once."""
     max_body_bytes: ByteSize = Field(default=ByteSize(32 * 2**20), gt=0)
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     """Keys that may use everything; one, or several."""

@@ -7,7 +7,7 @@ names a tenant or a variant: there may be many thousands of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, cast
@@ -160,12 +160,17 @@ class RequestTimer:
         self._began = time.monotonic()
         self._last: dict[int, float] = {}
 
-    def saw(self, event: TokenEvent) -> None:
-        if not event.token_ids and event.finish_reason is None:
-            return
-        now = time.monotonic()
-        if event.token_ids and event.index in self._last:
-            observe("inter_token_latency_seconds", (now - self._last[event.index]) / len(event.token_ids))
+    def saw(self, events: Sequence[TokenEvent]) -> None:
+        """What came together: of a choice, each token as long after the last one as the others."""
+        now, before = time.monotonic(), dict(self._last)
+        for event in events:
+            if event.token_ids or event.finish_reason is not None:
+                together = sum(len(e.token_ids) for e in events if e.index == event.index)
+                self._one(event, now, before, together)
+
+    def _one(self, event: TokenEvent, now: float, before: Mapping[int, float], tokens: int) -> None:
+        if event.token_ids and event.index in before:
+            observe("inter_token_latency_seconds", (now - before[event.index]) / tokens)
         elif event.token_ids and not self._last:
             observe("time_to_first_token_seconds", now - self._began)
             observe("request_prompt_tokens", event.prompt_tokens)

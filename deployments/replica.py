@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ from deployments.calls import (
 from deployments.catalog import open_repository
 from deployments.config import AppConfig
 from deployments.errors import named
+from deployments.pace import Pace
 from deployments.published import common_configs
 from deployments.router import RESIDENT, hint
 from storage import CacheFull, CorruptBlob, Lease, Manifest, Repository, StorageError
@@ -138,6 +139,7 @@ class ModelReplica:
             base_sha256=self._engine.base_sha256,
             max_model_len=self._engine.context_len(),
         )
+        self._pace = Pace(config.stream_messages_per_s)
         self._stopped = threading.Event()
         threading.Thread(target=self._report, name="metrics", daemon=True).start()
 
@@ -220,13 +222,16 @@ class ModelReplica:
             tenant=call.tenant,
         )
         batch: list[Item] = [_accepted(call, ids, tokenizer)]
-        async with aclosing(_stream(self._engine, request)) as events:
-            async for event in events:
-                timer.saw(event)
-                batch.append(event)
-                if call.stream or len(batch) >= WHOLE_ANSWER_BATCH:
-                    yield batch
-                    batch = []
+        with self._pace.stream() if call.stream else nullcontext():
+            async with aclosing(
+                _stream(self._engine, request, self._pace.pause if call.stream else _never)
+            ) as arrivals:
+                async for events in arrivals:
+                    timer.saw(events)
+                    batch += events
+                    if call.stream or len(batch) >= WHOLE_ANSWER_BATCH:
+                        yield batch
+                        batch = []
         if batch:
             yield batch
 
@@ -250,10 +255,14 @@ class ModelReplica:
             reporter.update(self._engine.stats())
 
 
-def _stream(engine: Engine, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
-    events = engine.stream(request)
-    assert isinstance(events, AsyncGenerator)
-    return events
+def _stream(engine: Engine, request: GenerationRequest, pause: Callable[[], float]) -> AsyncGenerator[list[TokenEvent]]:
+    batches = engine.stream_batches(request, pause)
+    assert isinstance(batches, AsyncGenerator)
+    return batches
+
+
+def _never() -> float:
+    return 0.0
 
 
 def _accepted(call: GenerateCall, ids: tuple[int, ...], tokenizer: Any) -> Accepted:

@@ -82,13 +82,22 @@ class EventStream(StreamingResponse):
                 chunk = self._pending.result()
                 if chunk is None:
                     break
-                yield frame(chunk.to_json())
-                self._pending = self._next()
+                frames = [frame(chunk.to_json())]
+                while (more := await self._waiting()) is not None:
+                    frames.append(frame(more.to_json()))
+                yield "".join(frames)
         except Exception as error:
             if not isinstance(error, BitDeltaError | StorageError):
                 logger.exception("stream failed")
             yield frame(describe(error)[1].to_json())
         yield DONE
+
+    async def _waiting(self) -> Answer | None:
+        """The next chunk, if it is there already: what came in one message goes on in one."""
+        self._pending = self._next()
+        await asyncio.sleep(0)
+        there = self._pending.done() and not self._pending.cancelled() and self._pending.exception() is None
+        return self._pending.result() if there else None
 
     def _next(self) -> asyncio.Future[Answer | None]:
         return asyncio.ensure_future(_next_or_none(self._chunks))

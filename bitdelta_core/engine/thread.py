@@ -12,7 +12,8 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, TokenEvent
@@ -73,19 +74,30 @@ class EngineThread:
             self._inbox.put(lambda: self._core.abort(request_id))
         self._wake.set()
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
         """See Engine.stream."""
+        async with aclosing(self.stream_batches(request)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def stream_batches(
+        self, request: GenerationRequest, pause: Callable[[], float] = lambda: 0.0
+    ) -> AsyncGenerator[list[TokenEvent]]:
+        """See Engine.stream_batches."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent | BitDeltaError]()
         self.submit(request, lambda event: self._mailbox.post(loop, events, event))
         open_choices = request.params.n
         try:
             while open_choices:
-                event = await events.get()
-                if isinstance(event, BitDeltaError):
-                    open_choices = 0
-                    raise event
-                open_choices -= event.finish_reason is not None
-                yield event
+                batch, error = _taken(await events.get(), events)
+                open_choices = 0 if error else open_choices - sum(e.finish_reason is not None for e in batch)
+                if batch:
+                    yield batch
+                if error:
+                    raise error
+                if open_choices and (seconds := pause()):
+                    await asyncio.sleep(seconds)
         finally:
             if open_choices:  # otherwise the id may be another request's by now
                 self.abort(request.request_id)
@@ -168,3 +180,16 @@ class EngineThread:
             deliver(event)
         self._outbox.clear()
         self._mailbox.flush()
+
+
+def _taken(
+    first: TokenEvent | BitDeltaError, events: asyncio.Queue[TokenEvent | BitDeltaError]
+) -> tuple[list[TokenEvent], BitDeltaError | None]:
+    """The first and all that wait behind it, as far as an error."""
+    batch, item = [], first
+    while not isinstance(item, BitDeltaError):
+        batch.append(item)
+        if events.empty():
+            return batch, None
+        item = events.get_nowait()
+    return batch, item

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from bitdelta_core.engine.api import GenerationRequest, SamplingParams, TokenEvent
-from bitdelta_core.engine.thread import EngineThread, _Open
-from bitdelta_core.errors import DeltaFormatError, EngineDead, InvalidRequest, Overloaded
+from bitdelta_core.engine.thread import EngineThread, _Open, _taken
+from bitdelta_core.errors import BitDeltaError, DeltaFormatError, EngineDead, InvalidRequest, Overloaded
 from tests.unit.engine_fakes import World, answer
 
 A, B = ("0a", "0b")
@@ -60,6 +60,32 @@ async def test_streams_of_many_variants_at_once(running: Running) -> None:
     await running.settle()
     assert running.thread.stats().kv_blocks_used == 0
     assert running.thread.stats().generation_tokens_total == 36
+
+
+async def test_batches_gather_while_their_reader_pauses(running: Running) -> None:
+    """The first comes at once, nothing is lost or out of order, and nobody waits after the last."""
+    asked = []
+
+    def pause() -> float:
+        asked.append(1)
+        return 0.2
+
+    batches = [b async for b in running.thread.stream_batches(running.request("r", A, max_tokens=40), pause)]
+    assert [t for batch in batches for event in batch for t in event.token_ids] == answer(A, PROMPT, 40)
+    assert batches[-1][-1].finish_reason == "length"
+    assert len(asked) == len(batches) - 1
+    assert len(batches) < 40
+
+
+async def test_what_came_before_an_error_is_told_first() -> None:
+    first, second, error = TokenEvent(request_id="a"), TokenEvent(request_id="a", text="b"), EngineDead("gone")
+    waiting: asyncio.Queue[TokenEvent | BitDeltaError] = asyncio.Queue()
+    assert _taken(first, waiting) == ([first], None)
+    for item in (second, error, first):
+        waiting.put_nowait(item)
+    assert _taken(first, waiting) == ([first, second], error)
+    assert _taken(error, waiting) == ([], error)
+    assert waiting.qsize() == 1
 
 
 async def test_closing_the_generator_aborts(running: Running) -> None:

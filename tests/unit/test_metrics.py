@@ -6,8 +6,11 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-from bitdelta_core.engine.api import EngineStats
+import pytest
+
+from bitdelta_core.engine.api import EngineStats, TokenEvent
 from deployments import metrics
 from deployments.metrics_text import merge
 
@@ -48,6 +51,26 @@ def test_counters_follow_fields_that_the_engine_has() -> None:
     fields = {field.name for field in dataclasses.fields(EngineStats)}
     assert set(metrics.COUNTED.values()) <= fields
     assert set(metrics.COUNTED) <= {name for name, spec in metrics.SERIES.items() if spec.kind == "counter"}
+
+
+def test_tokens_that_come_together_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of a choice, 0.2 s after its last: 0.05 s each, one observation an event; another choice has its own."""
+    clock, seen = iter((0.0, 1.0, 1.2)), []
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(metrics, "observe", lambda name, value: seen.append((name, round(value, 6))))
+    monkeypatch.setattr(metrics, "count", lambda name, **labels: seen.append((name, labels)))
+
+    def event(index: int, *tokens: int, **more: Any) -> TokenEvent:
+        return TokenEvent(request_id="a", index=index, token_ids=tokens, prompt_tokens=7, **more)
+
+    timer = metrics.RequestTimer()
+    timer.saw([event(0, 1), event(1, 2)])
+    assert seen == [("time_to_first_token_seconds", 1.0), ("request_prompt_tokens", 7)]
+    seen.clear()
+    timer.saw([event(0, 3), event(0, 4, 5, 6), event(1, 8), event(0, finish_reason="stop", completion_tokens=5)])
+    gaps = [value for name, value in seen if name == "inter_token_latency_seconds"]
+    assert gaps == [0.05, 0.05, 0.2]
+    assert ("request_success_total", {"finished_reason": "stop"}) in seen
 
 
 def test_texts_of_several_nodes_become_one() -> None:

@@ -56,9 +56,12 @@ async def read(response: Any, on_body: Callable[[str], None] = lambda text: None
 
 
 async def test_frames_and_the_end_mark() -> None:
-    source = Source("a", "b")
-    status, frames = await read(await respond(source.chunks()))
-    assert (status, frames) == (200, ['data: {"prompt":"a"}\n\n', 'data: {"prompt":"b"}\n\n', DONE])
+    """What is there at once goes in one piece; nothing waits for what is not."""
+    later = asyncio.Event()
+    source = Source("a", "b", later, "c")
+    status, frames = await read(await respond(source.chunks()), lambda text: later.set())
+    together = 'data: {"prompt":"a"}\n\ndata: {"prompt":"b"}\n\n'
+    assert (status, frames) == (200, [together, 'data: {"prompt":"c"}\n\n', DONE])
     assert source.closed
 
 
