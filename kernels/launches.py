@@ -10,7 +10,7 @@ that the kernel before writes. The rules, on chips of capability 9.0 and later:
   say where variants lie, are complete for the whole step, and so are the step's rows.
 - All let the next kernel start at once. Linears have no more programs than run at a time, so what starts early can take
   nothing but the room that they leave: where that is enough for a small kernel, it is there when the linear ends, and
-  the linear after it asks for its first weights as programs of this one end (`docs/log.md`, 2026-11-27).
+  programs of the linear after it copy their first weights as programs of this one end (`delta_linear/gluon_ring.py`).
 - Whoever does neither (cuBLAS, copies) may stand anywhere: it starts after, and is finished before.
 """
 

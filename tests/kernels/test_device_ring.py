@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from kernels.delta_linear import gluon_ring
-from kernels.delta_linear.choice import Config, ringed
+from kernels.delta_linear.choice import Config, choose, ringed
+from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.delta_linear.ring_check import ring_check
-from kernels.device import Kinds, Target, segment_table
+from kernels.device import Kinds, Planes, Target, segment_table
+from kernels.planes import prepare_planes
 from tests.kernels.device_harness import DEVICE, Rows, World, rows, world
 from tests.kernels.test_device_signs import activations, near, run
 
@@ -126,3 +128,38 @@ def test_every_program_and_again() -> None:
         assert again.delta_TN is not None
         assert torch.equal(again.delta_TN, first.delta_TN)
         assert torch.equal(again.base_STN, first.base_STN)
+
+
+def test_a_captured_chain_reads_tables_and_rows_anew() -> None:
+    """Planes, linear, planes, linear: each starts before the one before it has ended, none reads what is not there."""
+    target, dtype, entries = Target(0, 2048, 2048), torch.bfloat16, [1, 2, 0, 4]
+    made = world([target], SPECS, dtype)
+    kinds, batch = kinds_of(made), one_each(entries)
+    x, y = activations(4, 2048, dtype), torch.empty(4, 2048, dtype=dtype, device=DEVICE)
+    weight = torch.randn(2048, 2048, device=DEVICE).to(dtype) / 45
+    planes, workspace = Planes.empty(1, 4, 2048, DEVICE), torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    outs = [partials_of(target, 4, kinds, dtype, DEVICE) for _ in range(2)]
+    assert choose(target, 4, kinds, DEVICE).impl == "ring"
+
+    def step() -> None:
+        for given, out in ((x, outs[0]), (y, outs[1])):
+            prepare_planes(given, planes, target, made.deltas, batch.entry_T, kinds)
+            delta_linear(given, planes, weight, target, made.deltas, batch.segments_G4, kinds, out, workspace)
+            if given is x:
+                y.copy_(out.base_STN.sum(0))
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for seed in range(20):
+        x.copy_(activations(4, 2048, dtype, seed=seed))
+        graph.replay()
+        for given, out in ((x, outs[0]), (y, outs[1])):
+            assert out.delta_TN is not None
+            for row, wanted in enumerate(given.double() @ weight.double().T):
+                near(out.base_STN.double().sum(0)[row], wanted, 5e-5)
+            for entry, start, stop in batch.segments:
+                matrix = made.matrix(entry, target).double().to(DEVICE)
+                near(out.delta_TN[start:stop], given[start:stop].double() @ matrix.T, 2e-3)
+        near(y.double(), x.double() @ weight.double().T, 3e-2)
