@@ -41,13 +41,14 @@ def build_app(args: AppConfig) -> Application:
     )
     if args.direct_streaming:
         direct = replicas(DirectReplica).bind(args)
-        return with_picker(direct, _front(PICKER)(Picker).bind(args, direct))
-    return _front(INGRESS)(Ingress).bind(args, replicas(ModelReplica).bind(args))
+        return with_picker(direct, _front(PICKER, 1)(Picker).bind(args, direct))
+    return _front(INGRESS, args.ingresses)(Ingress).bind(args, replicas(ModelReplica).bind(args))
 
 
-def _front(name: str) -> Callable[[type], Deployment]:
+def _front(name: str, count: int) -> Callable[[type], Deployment]:
     return serve.deployment(
         name=name,
+        num_replicas=count,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_ONGOING,
         graceful_shutdown_timeout_s=DRAIN_S,

@@ -105,6 +105,9 @@ class AppConfig(BaseSettings):
     direct_streaming: bool = False
     """Replicas answer HTTP themselves, behind HAProxy: `deployments.direct`. All of Ray needs DIRECT_ENVIRONMENT."""
     num_replicas: int = Field(default=1, ge=1)
+    num_ingresses: int | None = Field(default=None, ge=1)
+    """Processes that parse requests and pass tokens on; none with `direct_streaming`. None: one for three replicas,
+    whose `stream_messages_per_s` take half of a core of it."""
     num_gpus: float | None = Field(default=None, ge=0)
     """Per replica. None: 1 when `device` is a GPU, or auto and the cluster has one."""
     num_cpus: float | None = Field(default=None, gt=0)
@@ -136,6 +139,10 @@ class AppConfig(BaseSettings):
     @property
     def base_name(self) -> str:
         return self.served_model_name or self.base.resolve().name
+
+    @property
+    def ingresses(self) -> int:
+        return self.num_ingresses or -(-self.num_replicas // 3)
 
     @property
     def cache_path(self) -> Path:

@@ -44,6 +44,12 @@ def test_the_base_is_called_like_its_directory() -> None:
     assert AppConfig(base=BASE, served_model_name="x").base_name == "x"
 
 
+def test_an_ingress_for_three_replicas() -> None:
+    found = [AppConfig(base=BASE, num_replicas=n).ingresses for n in (1, 3, 4, 6, 7)]
+    assert found == [1, 1, 2, 2, 3]
+    assert AppConfig(base=BASE, num_replicas=8, num_ingresses=1).ingresses == 1
+
+
 def test_engine_options_are_what_the_engine_takes() -> None:
     config = AppConfig(base=BASE, device="cpu", dtype="float32", max_model_len=99, max_num_seqs=3, block_size=8, seed=4)
     made = EngineConfig(**config.engine_options())
