@@ -9,11 +9,11 @@ A whole server of a tiny model; the streams begin together and run to their ends
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import engine_cases
@@ -22,6 +22,7 @@ import psutil
 import serve_gpu
 from arrivals import Offered
 
+RESULTS = gpu_timing.RESULTS / "serve_cost.jsonl"
 VARIANTS = 3
 PROCESSES = {"replica": "ServeReplica.*ModelReplica", "ingress": "ServeReplica.*Ingress", "proxy": "ProxyActor"}
 
@@ -53,7 +54,7 @@ def main() -> int:
     parser.add_argument("--messages", type=int, nargs="+", default=[400, 0])
     parser.add_argument("--tokens", type=int, default=200)
     arguments = parser.parse_args(["--shape", "tiny", *sys.argv[1:]])
-    report = gpu_timing.Report("serve_cost", False, 1e9)
+    conditions = {**gpu_timing.conditions(), "cores": os.cpu_count()}
     with engine_cases.workplace(arguments) as work:
         base, delta = engine_cases.on_disk(arguments.shape, arguments.kind, work)
         here = work / f"cost-{os.getpid()}"
@@ -61,12 +62,13 @@ def main() -> int:
         options = serve_gpu.serve_options(engine_cases.engine_config(arguments, delta, VARIANTS))
         for messages in arguments.messages:
             os.environ["BITDELTA_STREAM_MESSAGES_PER_S"] = str(messages)
-            with serve_gpu.server(base, Path(here / "repository"), here, options, 240.0) as url:
+            with serve_gpu.server(base, here / "repository", here, options, 240.0) as url:
                 measured(url, base.name, 6, 20)
                 for streams in arguments.streams:
                     line = {"messages": messages, **measured(url, base.name, streams, arguments.tokens)}
                     print(line, flush=True)
-                    report.write(line)
+                    with RESULTS.open("a") as out:
+                        out.write(json.dumps({**conditions, **line}) + "\n")
     return 0
 
 

@@ -83,8 +83,8 @@ class AppConfig(BaseSettings):
     cuda_graph_sizes: tuple[int, ...] | None = None
     cuda_graph_deltas: tuple[Path, ...] = ()
     """Directories of deltas like those that will be asked for, at the same place on every node: steps for such are
-    captured at the start, not when a request first needs them. Empty: like what is
-    published (`deployments.published`)."""
+    captured at the start, not when a request first needs them. Empty: like what is published
+    (`deployments.published`)."""
     async_scheduling: bool | None = None
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=1)
@@ -105,9 +105,6 @@ class AppConfig(BaseSettings):
     direct_streaming: bool = False
     """Replicas answer HTTP themselves, behind HAProxy: `deployments.direct`. All of Ray needs DIRECT_ENVIRONMENT."""
     num_replicas: int = Field(default=1, ge=1)
-    num_ingresses: int | None = Field(default=None, ge=1)
-    """Processes that parse requests and pass tokens on; none with `direct_streaming`. None: one for three replicas,
-    whose `stream_messages_per_s` take half of a core of it."""
     num_gpus: float | None = Field(default=None, ge=0)
     """Per replica. None: 1 when `device` is a GPU, or auto and the cluster has one."""
     num_cpus: float | None = Field(default=None, gt=0)
@@ -142,7 +139,8 @@ class AppConfig(BaseSettings):
 
     @property
     def ingresses(self) -> int:
-        return self.num_ingresses or -(-self.num_replicas // 3)
+        """One for three replicas, whose `stream_messages_per_s` take a good half of a core of it."""
+        return -(-self.num_replicas // 3)
 
     @property
     def cache_path(self) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bitdelta_core.engine.api import EngineStats, GenerationRequest, SamplingParams, TokenEvent
+from bitdelta_core.engine.api import EngineStats, GenerationRequest, SamplingParams
 from bitdelta_core.engine.config import EngineConfig
 from bitdelta_core.engine.engine import Engine
 from bitdelta_core.engine.vocabulary import Vocabulary
@@ -222,10 +222,9 @@ class ModelReplica:
             tenant=call.tenant,
         )
         batch: list[Item] = [_accepted(call, ids, tokenizer)]
+        pause = self._pace.pause if call.stream else None
         with self._pace.stream() if call.stream else nullcontext():
-            async with aclosing(
-                _stream(self._engine, request, self._pace.pause if call.stream else _never)
-            ) as arrivals:
+            async with aclosing(self._engine.stream_batches(request, pause)) as arrivals:
                 async for events in arrivals:
                     timer.saw(events)
                     batch += events
@@ -253,16 +252,6 @@ class ModelReplica:
         reporter = metrics.EngineMetrics()
         while not self._stopped.wait(METRICS_PERIOD_S):
             reporter.update(self._engine.stats())
-
-
-def _stream(engine: Engine, request: GenerationRequest, pause: Callable[[], float]) -> AsyncGenerator[list[TokenEvent]]:
-    batches = engine.stream_batches(request, pause)
-    assert isinstance(batches, AsyncGenerator)
-    return batches
-
-
-def _never() -> float:
-    return 0.0
 
 
 def _accepted(call: GenerateCall, ids: tuple[int, ...], tokenizer: Any) -> Accepted:

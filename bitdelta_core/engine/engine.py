@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,13 +134,13 @@ class Engine:
         return self._thread.stream(request)
 
     def stream_batches(
-        self, request: GenerationRequest, pause: Callable[[], float] = lambda: 0.0
-    ) -> AsyncIterator[list[TokenEvent]]:
+        self, request: GenerationRequest, pause: Callable[[], float] | None = None
+    ) -> AsyncGenerator[list[TokenEvent]]:
         """As `stream`, all events at once that have come.
 
         Args:
             pause: asked after each batch: seconds in which more may gather. The first comes at once, and nothing waits
-                after the last.
+                after the last. None: no pauses.
         """
         return self._thread.stream_batches(request, pause)
 

@@ -115,7 +115,6 @@ class LoaderProcesses:
     """Several. Any thread may call."""
 
     def __init__(self, setup: Setup, count: int) -> None:
-        self.count = count
         self._setup = setup
         self._lock = threading.Lock()
         self._processes = [LoaderProcess(setup) for _ in range(count)]
@@ -125,6 +124,10 @@ class LoaderProcesses:
         self.restarts = 0
         for index in range(count):
             self._free.put(index)
+
+    @property
+    def count(self) -> int:
+        return len(self._processes)
 
     def call(self, name: str, **arguments: Any) -> Any:
         """As `LoaderProcess.call`, of any process, once one is free.

@@ -82,7 +82,7 @@ class EngineThread:
                     yield event
 
     async def stream_batches(
-        self, request: GenerationRequest, pause: Callable[[], float] = lambda: 0.0
+        self, request: GenerationRequest, pause: Callable[[], float] | None = None
     ) -> AsyncGenerator[list[TokenEvent]]:
         """See Engine.stream_batches."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent | BitDeltaError]()
@@ -96,8 +96,8 @@ class EngineThread:
                     yield batch
                 if error:
                     raise error
-                if open_choices and (seconds := pause()):
-                    await asyncio.sleep(seconds)
+                if open_choices and pause:
+                    await asyncio.sleep(pause())
         finally:
             if open_choices:  # otherwise the id may be another request's by now
                 self.abort(request.request_id)

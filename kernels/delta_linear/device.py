@@ -86,15 +86,23 @@ def delta_linear(
     if kinds.compact and not kinds.signs:  # its end hides behind the base's first requests
         assert out.delta_TN is not None
         compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=False)
+    width, device = out.base_STN.shape[2], x_TK.device
+
+    def by_ring(sharing: int) -> None:
+        ring(
+            x_TK, plane_arguments(planes if kinds.signs else None), weight_NK, target, deltas, segments_G4, kinds, out,
+            member_tiles(target, width), programs=config.programs(device), sharing=sharing,
+        )  # fmt: skip
+
     match config.impl:
         case "ring":
-            _ring(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
+            by_ring(config.sharing(target, width, device))
         case "flat":
             _flat(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
         case "stream" | "signs" | "unpack":
             # Signs first: they start before their predecessor has ended, which cuBLAS's kernels do not let them.
             if kinds.signs and config.impl == "stream":
-                _ring(x_TK, planes, weight_NK, target, deltas, segments_G4, kinds, out, config)
+                by_ring(0)
             elif kinds.signs and config.impl == "signs":
                 _signs(planes, target, deltas, segments_G4, kinds, out, config)
             elif kinds.signs:
@@ -136,25 +144,6 @@ def _base(x_TK: torch.Tensor, weight_NK: torch.Tensor, out_TN: torch.Tensor) -> 
     torch.mm(x_TK, weight_NK.T, out=out_TN[:, :outputs])
     if out_TN.shape[1] > outputs:
         out_TN[:, outputs:].zero_()
-
-
-def _ring(
-    x_TK: torch.Tensor,
-    planes: Planes | None,
-    weight_NK: torch.Tensor,
-    target: Target,
-    deltas: DeviceDeltas,
-    segments_G4: torch.Tensor,
-    kinds: Kinds,
-    out: Partials,
-    config: Config,
-) -> None:
-    width, device = out.base_STN.shape[2], x_TK.device
-    ring(
-        x_TK, plane_arguments(planes if kinds.signs else None), weight_NK, target, deltas, segments_G4, kinds, out,
-        member_tiles(target, width), programs=config.programs(device),
-        sharing=config.sharing(target, width, device) if config.impl == "ring" else 0,
-    )  # fmt: skip
 
 
 def _flat(

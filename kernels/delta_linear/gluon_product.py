@@ -24,7 +24,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -32,12 +31,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.delta_linear import triton_parts
+from kernels.delta_linear.gluon_parts import load_box
 from kernels.delta_linear.triton_parts import SCALE, SIGN
 from kernels.delta_linear.triton_product import ROWS
 from kernels.device import UNIT, DeviceDeltas, Kinds, Target
-
-# Its name differs between versions of Triton.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 OUTPUTS, INNER, GROUP_OUTPUTS = 128, 64, 64
 _UNIT = gl.constexpr(UNIT)
@@ -74,9 +71,9 @@ def _produce(
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), x_desc.block_type.nbytes + 2 * w_desc.block_type.nbytes)
-            _load(x_desc, [start, k0], full.index(stage), x_tiles.index(stage))
-            _load(w_desc, [n, k0], full.index(stage), w_tiles.index(2 * stage))
-            _load(w_desc, [n + 64, k0], full.index(stage), w_tiles.index(2 * stage + 1))
+            load_box(x_desc, [start, k0], full.index(stage), x_tiles.index(stage))
+            load_box(w_desc, [n, k0], full.index(stage), w_tiles.index(2 * stage))
+            load_box(w_desc, [n + 64, k0], full.index(stage), w_tiles.index(2 * stage + 1))
             step += 1
 
 

@@ -30,8 +30,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import launches
 from kernels.delta_linear import triton_parts
+from kernels.delta_linear.gluon_parts import ARRIVALS, PLACES, UNDERSCORE
 from kernels.delta_linear.gluon_ring_base import consume_base, produce_base, produce_rows
-from kernels.delta_linear.gluon_ring_parts import ARRIVALS, PLACES, UNDERSCORE
 from kernels.delta_linear.gluon_ring_signs import consume_signs, produce_signs
 from kernels.device import DeviceDeltas, Kinds, Partials, Target
 

@@ -11,7 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta_linear.gluon_ring_parts import ARRIVALS, await_room, load_box, program_of, range_of, slot_of
+from kernels.delta_linear.gluon_parts import ARRIVALS, await_room, load_box, slot_of
+from kernels.delta_linear.triton_share import program_of, range_of
 
 
 @gluon.jit

@@ -12,18 +12,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from kernels.delta_linear import triton_signs
-from kernels.delta_linear.gluon_ring_parts import (
+from kernels.delta_linear.gluon_parts import (
     ARRIVALS,
-    COL,
-    SCALE,
-    SIGN,
-    WORDS,
     await_room,
     copy,
-    range_of,
     segment,
     slot_of,
 )
+from kernels.delta_linear.triton_parts import COL, SCALE, SIGN, has, part
+from kernels.delta_linear.triton_share import range_of
 
 _MMA, _OPERANDS = triton_signs.MMA, triton_signs.OPERANDS
 
@@ -62,11 +59,6 @@ def _piece(member, tile, end, M1, M2, tiles, MEMBERS: gl.constexpr):
 
 
 @gluon.jit
-def _words(SLAB, TABLE, at):
-    return SLAB.to(gl.pointer_type(gl.int32), bitcast=True) + gl.load(TABLE + at + SIGN).to(gl.int64) * WORDS
-
-
-@gluon.jit
 def produce_signs(
     SLAB, TABLE, table_stride, SEGMENTS, items, full, empty, place, program, base_outputs, width, M1, M2,
     PROGRAMS: gl.constexpr, KB: gl.constexpr, TILES: gl.constexpr, SPREAD: gl.constexpr, MEMBERS: gl.constexpr,
@@ -77,7 +69,7 @@ def produce_signs(
     for g in range(lo // tiles, (hi + tiles - 1) // tiles):
         at, _, outputs = segment(TABLE, table_stride, SEGMENTS, g, base_outputs)
         tile, end = gl.maximum(lo - g * tiles, 0), gl.minimum(gl.minimum(hi - g * tiles, tiles), (outputs + 15) // 16)
-        words = _words(SLAB, TABLE, at)
+        words = part(SLAB, TABLE, at, SIGN, gl.int32)
         for member in range(MEMBERS):
             first, last = _piece(member, tile, end, M1, M2, tiles, MEMBERS)
             for this in range(first, last, TILES):
@@ -142,11 +134,6 @@ def _consume_item(
 
 
 @gluon.jit
-def _scales(SLAB, TABLE, at):
-    return SLAB.to(gl.pointer_type(gl.float32), bitcast=True) + gl.load(TABLE + at + SCALE).to(gl.int64) * WORDS
-
-
-@gluon.jit
 def consume_signs(
     SLAB, TABLE, table_stride, SEGMENTS, PLANE_WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, items, full, empty,
     place, program, base_outputs, width, M1, M2,
@@ -162,13 +149,17 @@ def consume_signs(
     for g in range(lo // tiles, (hi + tiles - 1) // tiles):
         at, row, outputs = segment(TABLE, table_stride, SEGMENTS, g, base_outputs)
         tile, end = gl.maximum(lo - g * tiles, 0), gl.minimum(hi - g * tiles, tiles)
-        signed, SCALES, to = (outputs + 15) // 16, _scales(SLAB, TABLE, at), OUT + row.to(gl.int64) * width
+        signed, SCALES, to = (
+            (outputs + 15) // 16,
+            part(SLAB, TABLE, at, SCALE, gl.float32),
+            OUT + row.to(gl.int64) * width,
+        )
         for member in range(MEMBERS):
             first, last = _piece(member, tile, gl.minimum(end, signed), M1, M2, tiles, MEMBERS)
             if first < last:
                 columns = member * 0
                 if MEMBERS > 1:
-                    columns = gl.where(gl.load(TABLE + at + COL) >= 0, member, 0)
+                    columns = gl.where(has(TABLE, at, COL), member, 0)
                 planes = _load_planes(PLANE_WORDS + columns * words_stride, row, e, zeros, KB, SPREAD)
                 x_scale, x_sum = (
                     gl.load(XSCALE + columns * scale_stride + row),

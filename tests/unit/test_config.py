@@ -47,7 +47,6 @@ def test_the_base_is_called_like_its_directory() -> None:
 def test_an_ingress_for_three_replicas() -> None:
     found = [AppConfig(base=BASE, num_replicas=n).ingresses for n in (1, 3, 4, 6, 7)]
     assert found == [1, 1, 2, 2, 3]
-    assert AppConfig(base=BASE, num_replicas=8, num_ingresses=1).ingresses == 1
 
 
 def test_engine_options_are_what_the_engine_takes() -> None:

@@ -1,4 +1,4 @@
-"""What both hands of `gluon_ring` know: places of the ring, shares, segments."""
+"""What kernels in Gluon share: names, the places of `gluon_ring`, segments."""
 
 # Triton's language is not Python's:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -11,8 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from kernels.delta_linear import triton_parts
-from kernels.device import UNIT
+from kernels.delta_linear.triton_parts import OUTPUTS, PLANES, SCALE, SIGN, has
 
 # Their names differ between versions of Triton.
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -27,26 +26,6 @@ WINDOW, FIRST_WINDOW = gl.constexpr(3), gl.constexpr(1)
 busier, and what others ask for beside them waits for them all: the norm that makes this linear's rows, above all"""
 ARRIVALS = gl.constexpr(33)
 """That make a place full: all lanes' copies and the warp's word, or a bulk copy that counts bytes, and 32 words"""
-WORDS = gl.constexpr(UNIT // 4)
-"""Of 32 bits, or floats, in a UNIT"""
-SIGN, SCALE, PLANES, OUTPUTS = triton_parts.SIGN, triton_parts.SCALE, triton_parts.PLANES, triton_parts.OUTPUTS
-COL = triton_parts.COL
-
-
-@gluon.jit
-def range_of(program, programs, total):
-    """`triton_share.range_of`."""
-    each, more = total // programs, total % programs
-    first = program * each + gl.minimum(program, more)
-    return first, first + each + (program < more).to(gl.int32)
-
-
-@gluon.jit
-def program_of(one, programs, total):
-    """`triton_share.program_of`."""
-    each, more = total // programs, total % programs
-    longer = more * (each + 1)
-    return gl.where(one < longer, one // (each + 1), more + (one - longer) // each)
 
 
 @gluon.jit
@@ -72,5 +51,5 @@ def segment(TABLE, table_stride, SEGMENTS, g, base_outputs):
     at = gl.load(SEGMENTS + g * 4) * table_stride
     own = gl.load(TABLE + at + OUTPUTS)
     outputs = gl.where(own > 0, own, base_outputs)
-    sign, scale, planes = gl.load(TABLE + at + SIGN), gl.load(TABLE + at + SCALE), gl.load(TABLE + at + PLANES)
-    return at, gl.load(SEGMENTS + g * 4 + 1), gl.where((sign >= 0) & (scale >= 0) & (planes > 0), outputs, 0)
+    there = has(TABLE, at, SIGN) & has(TABLE, at, SCALE) & (gl.load(TABLE + at + PLANES) > 0)
+    return at, gl.load(SEGMENTS + g * 4 + 1), gl.where(there, outputs, 0)
