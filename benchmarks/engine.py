@@ -3,10 +3,11 @@
     python benchmarks/engine.py [--shape llama-2-7b] [--variants 8 32 64] [--rates 8] [--seconds 15]
 
 A base of random weights and one delta of random numbers, known under as many names as there are variants: every name
-has its own bytes in the slab. Each count of variants runs at every rate, and once more with other variants being asked
-for in the background all the time, so that deltas are loaded (and evicted) while the rest computes: `itl_p99_ratio` is
-the 99th percentile of gaps then over that without. The same lengths arrive at the same times in both, with other
-tokens, so that none is found in the prefix cache. A run lasts as long as requests arrive; the rest is given up.
+has its own bytes in the slab. Each count of variants runs at every rate twice. Beside the load a token is asked for
+every EVERY_S seconds, first of a variant that is resident, then each time of another that nobody had before, so that
+deltas are loaded (and evicted) while the rest computes: `itl_p99_ratio` is the 99th percentile of gaps then over that
+of the first run. The same lengths arrive at the same times in both, with other tokens, so that none is found in the
+prefix cache. A run lasts as long as requests arrive; the rest is given up.
 
 One JSON line per run in benchmarks/results/engine.jsonl.
 """
@@ -19,7 +20,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +34,8 @@ from engine_cases import WATCH
 
 from bitdelta_core import Engine, GenerationRequest, SamplingParams, TokenEvent
 
-PAUSE_S = 0.2
-"""Between two requests for variants that are not resident."""
+EVERY_S = 0.8
+"""From one request beside the load to the next, if the first is answered by then."""
 CONTENT = itertools.count(1)
 """Numbers of loads: no two have the same prompts."""
 
@@ -65,42 +66,57 @@ def events_of(engine: Engine, request: GenerationRequest) -> AsyncGenerator[Toke
 
 
 @dataclass
-class Cold:
-    """Requests for variants that nobody had before, one after the other."""
+class Beside:
+    """Requests for one token, one after the other: of the variants that `name` says."""
 
+    name: Callable[[int], str]
     seconds: list[float] = field(default_factory=list)
-    """From asking to the only token, of each"""
+    """From asking to the token, of each"""
 
     async def keep_asking(self, engine: Engine) -> None:
         """Until it is cancelled. Raises what the engine does."""
         params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
         for i in itertools.count():
-            name, began = f"cold-{os.getpid()}-{time.time_ns()}-{i}", time.perf_counter()
-            request = GenerationRequest(request_id=name, prompt_token_ids=(5,), params=params, delta=name)
+            began = time.perf_counter()
+            request = GenerationRequest(
+                request_id=f"beside-{time.time_ns()}", prompt_token_ids=(5,), params=params, delta=self.name(i)
+            )
             async with aclosing(events_of(engine, request)) as events:
                 async for _ in events:
                     pass
             self.seconds.append(time.perf_counter() - began)
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(max(0.0, EVERY_S - self.seconds[-1]))
 
 
-async def measure(engine: Engine, load: list[Offered], *, seconds: float, cold: bool) -> dict[str, Any]:
-    """Play a load once, optionally while others load."""
-    before, seen, others = engine.stats(), WATCH.counts(), Cold()
-    background = asyncio.create_task(others.keep_asking(engine)) if cold else None
+def resident(i: int) -> str:
+    return "variant-0"
+
+
+def cold(i: int) -> str:
+    """A name that nobody had before."""
+    return f"cold-{os.getpid()}-{time.time_ns()}-{i}"
+
+
+async def measure(
+    engine: Engine, load: list[Offered], *, seconds: float, beside: Beside | None = None
+) -> dict[str, Any]:
+    """Play a load once, alone or with others beside it."""
+    before, seen = engine.stats(), WATCH.counts()
+    background = asyncio.create_task(beside.keep_asking(engine)) if beside else None
     timings = await play(load, ask(engine, "variant"), until=seconds)
-    found = {**summary(timings, seconds), "cold_error": ""}
+    found = {**summary(timings, seconds), "beside_error": ""}
     if background is not None:
         if background.done():
-            found |= {"cold_error": str(background.exception()), "failed": found["failed"] + 1}
+            found |= {"beside_error": str(background.exception()), "failed": found["failed"] + 1}
         background.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await background
     after = engine.stats()
+    took = sorted(beside.seconds) if beside else []
     return {
         **found,
-        "cold_requests": len(others.seconds),
-        "cold_s_p50": round(sorted(others.seconds)[len(others.seconds) // 2], 3) if others.seconds else None,
+        "beside_requests": len(took),
+        "beside_s_p50": round(took[len(took) // 2], 3) if took else None,
         "delta_loads": after.delta_loads_total - before.delta_loads_total,
         "delta_evictions": after.delta_evictions_total - before.delta_evictions_total,
         "preemptions": after.preemptions_total - before.preemptions_total,
@@ -158,12 +174,12 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
 
 
 def pair(report: Any, engine: Engine, arguments: argparse.Namespace, variants: int, rate: float) -> int:
-    """The same load without and with others loading. Returns how many requests failed."""
+    """The same load without and with deltas loading. Returns how many requests failed."""
     case = {"shape": arguments.shape, "kind": arguments.kind, "variants": variants, "rate": rate}
     case |= {"arrival": arguments.arrival, "switch_interval_ms": 1e3 * sys.getswitchinterval()}
     case |= {"threads": torch.get_num_threads()}
     failed, quiet_ms = 0, None
-    for cold in (False, True):
+    for name in (resident, cold):
         load = make_load(
             seconds=arguments.seconds,
             rate=rate,
@@ -173,10 +189,10 @@ def pair(report: Any, engine: Engine, arguments: argparse.Namespace, variants: i
             longest=arguments.longest,
             content=next(CONTENT),
         )
-        result = asyncio.run(measure(engine, load, seconds=arguments.seconds, cold=cold))
+        result = asyncio.run(measure(engine, load, seconds=arguments.seconds, beside=Beside(name)))
         failed += result["failed"]
-        record = {**case, "cold_loads": cold, **result}
-        if cold and quiet_ms and result["itl_ms_p99"]:
+        record = {**case, "cold_loads": name is cold, **result}
+        if name is cold and quiet_ms and result["itl_ms_p99"]:
             record["itl_p99_ratio"] = round(result["itl_ms_p99"] / quiet_ms, 3)
         quiet_ms = result["itl_ms_p99"]
         report.write(record)

@@ -270,7 +270,7 @@ def _alone(
     source = lambda name: nullcontext(named[name])  # noqa: E731
     with engine_cases.started(base, config, source, "variant-0") as (engine, _):
         bare.warm_up(engine, len(deltas), arguments.longest)
-        return asyncio.run(bare.measure(engine, load, seconds=arguments.seconds, cold=False))
+        return asyncio.run(bare.measure(engine, load, seconds=arguments.seconds))
 
 
 if __name__ == "__main__":
