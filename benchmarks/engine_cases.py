@@ -23,7 +23,7 @@ from bitdelta_core.engine.config import LoaderName
 from bitdelta_core.engine.sources import DeltaSource
 from bitdelta_core.models.variant import VariantLayout
 
-KINDS: tuple[synthetic.Kind, ...] = ("row", "row_col", "lora")
+KINDS: tuple[synthetic.Kind, ...] = ("row", "row_col", "lora", "auto")
 SPARE = 8
 """Deltas that have room in the slab beside a load's own, so that one can be loaded while all of those are pinned."""
 PROMPT_SIZES = (5, 16, 24, 40, 64, 100, 128, 200, 256, 300, 400, 512, 700, 1000)

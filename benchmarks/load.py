@@ -1,6 +1,6 @@
 """How fast a delta comes into the slab: from disk, and from pinned memory, next to this machine's copy bandwidth.
 
-    python benchmarks/load.py [--shape llama-2-7b] [--kinds row row_col lora] [--repeats 3]
+    python benchmarks/load.py [--shape llama-2-7b] [--kinds row row_col lora auto] [--repeats 3]
 
 Per kind: opening (headers, checks against the base), filling a pinned buffer from the page cache (reordering signs for
 the tensor cores), copying it to the slab as a running engine does: `stage_of_copy` is that over one plain copy of the
