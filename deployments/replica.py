@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, nullcontext
+from contextlib import ExitStack, aclosing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -128,10 +128,11 @@ class ModelReplica:
     """One Ray Serve replica. Errors are answered as values: see `deployments.calls`."""
 
     def __init__(self, config: AppConfig) -> None:
+        self._closing = ExitStack()
         repository = open_repository(config)
         self._deltas = Deltas(repository)
         options, published = EngineConfig(**config.engine_options()), partial(common_configs, repository)
-        self._engine = Engine(config.base, options, self._deltas.lease, published)
+        self._engine = self._closing.enter_context(Engine(config.base, options, self._deltas.lease, published))
         self._vocabularies = Vocabularies(self._engine.vocabulary)
         self._own_defaults = config.generation_config == "auto"
         self._info = ModelInfo(
@@ -141,6 +142,7 @@ class ModelReplica:
         )
         self._pace = Pace(config.stream_messages_per_s)
         self._stopped = threading.Event()
+        self._closing.callback(self._stopped.set)
         threading.Thread(target=self._report, name="metrics", daemon=True).start()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[list[Item]]:
@@ -205,9 +207,8 @@ class ModelReplica:
         return {RESIDENT: sorted(hint(delta) for delta in self._engine.stats().resident)}
 
     def __del__(self) -> None:
-        """Called by Serve after the replica was drained."""
-        self._stopped.set()
-        self._engine.close()
+        """Called by Serve after the replica was drained, or could not be made."""
+        self._closing.close()
 
     async def _answer(self, call: GenerateCall) -> AsyncGenerator[list[Item]]:
         timer = metrics.RequestTimer()

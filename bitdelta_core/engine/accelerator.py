@@ -6,6 +6,7 @@ this runs, and is tested, where there is no GPU. What only a GPU can show is in 
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -87,6 +88,10 @@ class Accelerator(Protocol):
         """Of the device's memory."""
         ...
 
+    def release(self) -> None:
+        """Give back to the driver what nobody refers to any more."""
+        ...
+
 
 class Plain:
     """A CPU."""
@@ -125,6 +130,9 @@ class Plain:
 
     def free_bytes(self) -> int:
         return 0
+
+    def release(self) -> None:
+        gc.collect()
 
 
 class _Reached:
@@ -220,6 +228,11 @@ class Cuda:
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def release(self) -> None:
+        gc.collect()
+        with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()
 
 
 class _Event:

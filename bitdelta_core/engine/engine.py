@@ -64,6 +64,7 @@ class Engine:
             )
         except BaseException:
             self._base.loader.close()
+            self._base.release()
             raise
         self._closed = False
         heap.set_aside()
@@ -182,11 +183,12 @@ class Engine:
         self._thread.health()
 
     def close(self) -> None:
-        """Stop the thread. Whoever still waits gets EngineDead."""
+        """Stop the thread and give the device's memory back. Whoever still waits gets EngineDead."""
         self._thread.close()
         if not self._closed:
             self._closed = True
             heap.take_back()
+            self._base.release()
 
     def __enter__(self) -> Engine:
         return self

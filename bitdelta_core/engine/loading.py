@@ -93,6 +93,11 @@ class LoadedBase:
         planned = [layout for one in found[:MOST] if (layout := self._planned(one)) is not None]
         return planned or [self.rule.plan(UsualDelta.of(self.model))]
 
+    def release(self) -> None:
+        """Give the device's memory back. Nothing can be opened afterwards; the loader has to be closed."""
+        del self.weights, self.backend, self.loader
+        self.accelerator.release()
+
     def _planned(self, config: DeltaConfig) -> Layout | None:
         """None, and a word in the log, for what would be refused as well if somebody asked for it."""
         try:

@@ -173,6 +173,7 @@ class EngineThread:
         self._core.end_all(dead)
         self._core.residency.close()
         self._hand_over()
+        del self._core  # and what it holds of the device: nothing is admitted any more
 
     def _hand_over(self) -> None:
         self._stats = self._core.stats()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_what_the_device_decoder_does_not_support_is_told(tmp_path: Path, given:
     base = make_base(tmp_path / "base", num_hidden_layers=1)
     with pytest.raises(InvalidRequest, match=why):
         Engine(base, config("device", **given))
+
+
+@pytest.mark.parametrize("decoder", ["torch", "device"])
+def test_a_closed_engine_lets_go_of_weights_slab_and_cache(tmp_path: Path, decoder: DecoderName) -> None:
+    """Though somebody still holds it."""
+    base = make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96)
+    with Engine(base, config(decoder)) as engine:
+        held = (engine._base.weights.vectors_V, engine._base.backend, engine._thread._core, engine._thread._core._runner)
+        parts = [weakref.ref(part) for part in held]
+        del held
+    assert [part() for part in parts] == [None] * 4
+    assert engine.stats().running == 0
 
 
 def test_without_a_gpu_torch_serves_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

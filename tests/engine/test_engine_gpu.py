@@ -259,6 +259,19 @@ def test_memory_is_what_the_table_says(zoo: Zoo) -> None:
     assert memory.fixed.graph_bytes > 0, "graphs were not measured"
 
 
+def test_a_closed_engine_gives_its_memory_back(zoo: Zoo) -> None:
+    """All of it but what libraries keep, though somebody still holds the engine."""
+    with Engine(zoo.base, config()):
+        pass
+    before, total = torch.cuda.mem_get_info()
+    with Engine(zoo.base, config(num_kv_blocks=None, slab_bytes=None, gpu_memory_utilization=0.5)) as engine:
+        answer(engine, zoo, requests("distinct"), GREEDY)
+        taken = before - torch.cuda.mem_get_info()[0]
+    left = before - torch.cuda.mem_get_info()[0]
+    assert taken > 0.3 * total
+    assert left < 64 << 20, f"{engine} is closed and {left} bytes are in use"
+
+
 def test_what_does_not_fit(zoo: Zoo) -> None:
     with pytest.raises(InvalidRequest, match=r"gpu_memory_utilization=0\.9 of"):
         Engine(zoo.base, config(slab_bytes=10**12))

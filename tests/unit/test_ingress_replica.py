@@ -15,6 +15,7 @@ from bitdelta_core.engine.api import EngineStats
 from bitdelta_core.engine.vocabulary import Vocabulary
 from bitdelta_core.errors import BitDeltaError, CheckpointError, DeltaFormatError, DeltaUnavailable, EngineDead
 from deployments.calls import Target
+from deployments.config import AppConfig
 from deployments.openai_api import CompletionRequest, parse_body
 from deployments.replica import Deltas, ModelReplica, Vocabularies
 from deployments.requests import completion_calls
@@ -175,6 +176,14 @@ def replica(dead: bool) -> ModelReplica:
     found = object.__new__(ModelReplica)
     found._engine = Engine(dead)  # pyright: ignore[reportAttributeAccessIssue]
     return found
+
+
+def test_a_replica_that_could_not_be_made_is_put_away(tmp_path: Path) -> None:
+    """Serve calls `__del__` of it: an error there would hide the first one."""
+    made = object.__new__(ModelReplica)
+    with pytest.raises(CheckpointError):
+        made.__init__(AppConfig(base=tmp_path, repo=str(tmp_path / "deltas")))
+    made.__del__()
 
 
 async def test_serve_is_told_that_an_engine_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
