@@ -21,7 +21,7 @@ from kernels.device import Kinds, Target
 Impl = Literal["ring", "flat", "stream", "signs", "unpack"]
 """flat: base tiles and sign products in one launch. signs: cuBLAS, then sign products. unpack: cuBLAS, then products
 with unpacked signs. Base only, flat is base tiles alone and the others cuBLAS alone. ring and stream: as flat and signs
-do, by the hands of `gluon_ring`, where it knows how."""
+do, by the hands of `gluon_ring` and, where a variant has several rows, `gluon_rows`."""
 FLAT_ROWS = 32
 """Of the base alone, and of variants with a row each, more rows than that are cuBLAS's: measured 48 against 58 us of a
 7B's gate and up, at 64 rows of the base"""
@@ -99,16 +99,16 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) 
         compact_check(device)  # before capture: `compact.choose` wants to know while a graph is made
     found = _measured(target, rows, kinds, torch.cuda.get_device_name(device)) if b1 else None
     found = found or rule(target, rows, kinds, b1, _shared_bytes(device))
-    by_ring = gluon_ring.supports(target, rows, kinds, device) and ring_check(device).ok
-    return ringed(found) if by_ring else found
+    by_ring = gluon_ring.supports(target, kinds, device) and ring_check(device).ok
+    return ringed(found, rows) if by_ring else found
 
 
-def ringed(config: Config) -> Config:
+def ringed(config: Config, rows: int) -> Config:
     """As `gluon_ring` does what this does. There is nothing to set but where the base's tiles are."""
     match config.impl:
-        case "flat":
+        case "flat" if rows <= gluon_ring.MAX_ROWS:
             return replace(config, impl="ring", outputs=gluon_ring.OUTPUTS, inner=gluon_ring.INNER, resident=2)
-        case "signs":
+        case "flat" | "signs":
             return replace(config, impl="stream", resident=2)
         case _:
             return config

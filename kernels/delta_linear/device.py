@@ -13,9 +13,10 @@ import triton
 
 from kernels import launches
 from kernels.delta_linear import wide
-from kernels.delta_linear.choice import Config, Impl, choose
+from kernels.delta_linear.choice import Config, Impl, choose, multiprocessors
 from kernels.delta_linear.compact import compact
 from kernels.delta_linear.gluon_ring import ring
+from kernels.delta_linear.gluon_rows import several_rows
 from kernels.delta_linear.triton_flat import flat_kernel, sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
 from kernels.delta_linear.triton_unpack import unpack_kernel
@@ -89,10 +90,18 @@ def delta_linear(
     width, device = out.base_STN.shape[2], x_TK.device
 
     def by_ring(sharing: int) -> None:
-        ring(
-            x_TK, plane_arguments(planes if kinds.signs else None), weight_NK, target, deltas, segments_G4, kinds, out,
-            member_tiles(target, width), programs=config.programs(device), sharing=sharing,
-        )  # fmt: skip
+        left, first_tiles = kinds, member_tiles(target, width)
+        if kinds.signs and x_TK.shape[0] > 1 and not kinds.single:
+            several_rows(
+                plane_arguments(planes), target, deltas, segments_G4, kinds, out, first_tiles,
+                programs=multiprocessors(device),
+            )  # fmt: skip
+            left = replace(kinds, signs=False)
+        if left.signs or sharing:
+            ring(
+                x_TK, plane_arguments(planes if left.signs else None), weight_NK, target, deltas, segments_G4, left,
+                out, first_tiles, programs=config.programs(device), sharing=sharing,
+            )  # fmt: skip
 
     match config.impl:
         case "ring":

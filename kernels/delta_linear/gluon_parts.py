@@ -53,3 +53,12 @@ def segment(TABLE, table_stride, SEGMENTS, g, base_outputs):
     outputs = gl.where(own > 0, own, base_outputs)
     there = has(TABLE, at, SIGN) & has(TABLE, at, SCALE) & (gl.load(TABLE + at + PLANES) > 0)
     return at, gl.load(SEGMENTS + g * 4 + 1), gl.where(there, outputs, 0)
+
+
+@gluon.jit
+def piece(member, tile, end, M1, M2, tiles, MEMBERS: gl.constexpr):
+    """What of tiles tile .. end is of one member."""
+    if MEMBERS > 1:
+        tile = gl.maximum(tile, gl.where(member == 0, 0, gl.where(member == 1, M1, M2)))
+        end = gl.minimum(end, gl.where(member == 0, M1, gl.where(member == 1, M2, tiles)))
+    return tile, end

@@ -10,7 +10,7 @@ first or last 8 of 16 steps of TILES tiles. Two programs leave of a multiprocess
 enough for a program of the norm, which waits there while this one ends. With 1 KB it is not, and a step of 16 variants
 took 5 % longer.
 
-Not covered: other chips, several planes, several rows of a variant; K above 16384.
+Not covered: other chips, several planes, several rows of a variant (`gluon_rows`); K above 16384.
 """
 
 # Triton's language is not Python's:
@@ -144,12 +144,12 @@ def ring_kernel(
     )  # fmt: skip
 
 
-def supports(target: Target, rows: int, kinds: Kinds, device: torch.device | str) -> bool:
-    """Whether `ring` takes these, with x and weights of 16 bits."""
+def supports(target: Target, kinds: Kinds, device: torch.device | str) -> bool:
+    """Whether `ring` or, signs of several rows of a variant, `gluon_rows` take these, with x and weights of 16 bits."""
     device = torch.device(device)
-    plain = not kinds.signs or (kinds.planes == 1 and (kinds.single or rows == 1))
     fits = INNER <= target.inputs <= MAX_INPUTS and target.inputs % 8 == 0
-    return plain and fits and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and fits and (not kinds.signs or kinds.planes == 1)
 
 
 def item(target: Target) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from kernels.delta_linear.gluon_parts import (
     ARRIVALS,
     await_room,
     copy,
+    piece,
     segment,
     slot_of,
 )
@@ -50,15 +51,6 @@ def _produce_item(
 
 
 @gluon.jit
-def _piece(member, tile, end, M1, M2, tiles, MEMBERS: gl.constexpr):
-    """What of tiles tile .. end is of one member."""
-    if MEMBERS > 1:
-        tile = gl.maximum(tile, gl.where(member == 0, 0, gl.where(member == 1, M1, M2)))
-        end = gl.minimum(end, gl.where(member == 0, M1, gl.where(member == 1, M2, tiles)))
-    return tile, end
-
-
-@gluon.jit
 def produce_signs(
     SLAB, TABLE, table_stride, SEGMENTS, items, full, empty, place, program, base_outputs, width, M1, M2,
     PROGRAMS: gl.constexpr, KB: gl.constexpr, TILES: gl.constexpr, SPREAD: gl.constexpr, MEMBERS: gl.constexpr,
@@ -71,7 +63,7 @@ def produce_signs(
         tile, end = gl.maximum(lo - g * tiles, 0), gl.minimum(gl.minimum(hi - g * tiles, tiles), (outputs + 15) // 16)
         words = part(SLAB, TABLE, at, SIGN, gl.int32)
         for member in range(MEMBERS):
-            first, last = _piece(member, tile, end, M1, M2, tiles, MEMBERS)
+            first, last = piece(member, tile, end, M1, M2, tiles, MEMBERS)
             for this in range(first, last, TILES):
                 place = _produce_item(words, this, last, items, full, empty, place, KB, TILES, SPREAD)
     return place
@@ -155,7 +147,7 @@ def consume_signs(
             OUT + row.to(gl.int64) * width,
         )
         for member in range(MEMBERS):
-            first, last = _piece(member, tile, gl.minimum(end, signed), M1, M2, tiles, MEMBERS)
+            first, last = piece(member, tile, gl.minimum(end, signed), M1, M2, tiles, MEMBERS)
             if first < last:
                 columns = member * 0
                 if MEMBERS > 1:

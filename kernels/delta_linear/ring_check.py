@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from kernels.delta_linear import gluon_ring
+from kernels.delta_linear.gluon_rows import several_rows
 from kernels.delta_linear.self_check import TOLERANCE, SelfCheck, sign_deltas
 from kernels.device import Kinds, Partials, Target, segment_table
 from kernels.planes import planes_reference, values
@@ -15,13 +17,14 @@ BASE_TOLERANCE = 1e-4
 """Of the base's products: sums in float32"""
 _TARGETS = (Target(0, 200, 1104), Target(0, 200, 8200))
 """Columns that a warp has to itself, and that four share"""
-_ENTRIES = (2, 0, 1)
-"""Of rows"""
+_ROWS, _PROGRAMS = 5, 8
+_ALONE, _TOGETHER = ((2, 0, 1), (1, 2, 3)), ((2, 0, 1), (1, 1, 5))
+"""Runs of rows: one of each variant, and several"""
 
 
 @lru_cache(maxsize=16)
 def ring_check(device: torch.device) -> SelfCheck:
-    """Three rows times a random base and two random variants, against float64. Compiles, syncs: before capture.
+    """A few rows times a random base and two random variants, against float64. Compiles, syncs: before capture.
 
     Where it is not ok, `choose` takes the portable kernels. Whoever starts an engine logs the reason.
     """
@@ -40,28 +43,37 @@ def ring_errors(device: torch.device, target: Target) -> tuple[float, float]:
     gen = torch.Generator().manual_seed(torch.seed() % 2**32)
     sign_VNk = torch.randint(0, 256, (2, target.outputs, -(-target.inputs // 8)), dtype=torch.uint8, generator=gen)
     scale_VN = torch.rand(2, target.outputs, generator=gen)
-    x_TK = torch.randn(len(_ENTRIES), target.inputs, generator=gen).to(torch.bfloat16)
+    x_TK = torch.randn(_ROWS, target.inputs, generator=gen).to(torch.bfloat16)
     weight_NK = torch.randn(target.outputs, target.inputs, generator=gen).to(torch.bfloat16)
     planes = planes_reference(x_TK[None].float().to(device))
-    runs = [(entry, row, row + 1) for row, entry in enumerate(_ENTRIES) if entry]
-    segments = torch.tensor(segment_table(runs), dtype=torch.int32, device=device)
-    programs = 8
-    out = Partials(
-        torch.full((programs, len(_ENTRIES), target.outputs), torch.nan, device=device),
-        torch.full((len(_ENTRIES), target.outputs), torch.nan, device=device),
-    )
-    gluon_ring.ring(
-        x_TK.to(device), [planes.words_CTW, planes.scale_CT, planes.sum_CT, 0, 0], weight_NK.to(device), target,
-        sign_deltas(sign_VNk, scale_VN, target, device), segments,
-        Kinds(signs=True, single=True), out, (0, 0), programs=programs, sharing=programs,
-    )  # fmt: skip
+    given = [planes.words_CTW, planes.scale_CT, planes.sum_CT, 0, 0]
+    deltas, several = sign_deltas(sign_VNk, scale_VN, target, device), Kinds(signs=True)
     bits = (sign_VNk[..., None] >> torch.arange(8)) & 1
     matrix_VNK = (bits.flatten(2)[..., : target.inputs].double() * 2 - 1) * scale_VN.double()[..., None]
     q_TK = values(planes, target.inputs)[0].double().cpu()
-    assert out.delta_TN is not None
-    signs = torch.stack([q_TK[row] @ matrix_VNK[entry - 1].T for entry, row, _ in runs])
-    found = torch.stack([out.delta_TN[row] for _, row, _ in runs])
-    return _error(out.base_STN.sum(0), x_TK.double() @ weight_NK.double().T), _error(found, signs)
+    signs, base = 0.0, torch.tensor(0.0)
+    for runs in (_ALONE, _TOGETHER):
+        segments = torch.tensor(segment_table(runs), dtype=torch.int32, device=device)
+        out = _poisoned(target, device)
+        if runs is _ALONE:
+            gluon_ring.ring(
+                x_TK.to(device), given, weight_NK.to(device), target, deltas, segments, replace(several, single=True),
+                out, (0, 0), programs=_PROGRAMS, sharing=_PROGRAMS,
+            )  # fmt: skip
+            base = out.base_STN.sum(0)
+        else:
+            several_rows(given, target, deltas, segments, several, out, (0, 0), programs=_PROGRAMS)
+        assert out.delta_TN is not None
+        expected = torch.cat([q_TK[start:stop] @ matrix_VNK[entry - 1].T for entry, start, stop in runs])
+        signs = max(signs, _error(torch.cat([out.delta_TN[start:stop] for _, start, stop in runs]), expected))
+    return _error(base, x_TK.double() @ weight_NK.double().T), signs
+
+
+def _poisoned(target: Target, device: torch.device) -> Partials:
+    return Partials(
+        torch.full((_PROGRAMS, _ROWS, target.outputs), torch.nan, device=device),
+        torch.full((_ROWS, target.outputs), torch.nan, device=device),
+    )
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -67,7 +67,12 @@ def test_a_closed_engine_lets_go_of_weights_slab_and_cache(tmp_path: Path, decod
     """Though somebody still holds it."""
     base = make_base(tmp_path / "base", num_hidden_layers=1, intermediate_size=96)
     with Engine(base, config(decoder)) as engine:
-        held = (engine._base.weights.vectors_V, engine._base.backend, engine._thread._core, engine._thread._core._runner)
+        held = (
+            engine._base.weights.vectors_V,
+            engine._base.backend,
+            engine._thread._core,
+            engine._thread._core._runner,
+        )
         parts = [weakref.ref(part) for part in held]
         del held
     assert [part() for part in parts] == [None] * 4

@@ -19,6 +19,7 @@ STREAMED = ("BMMA.168256.AND.POPC", "LDGSTS.*128", "LDS.128")
 BMMA = {80: STREAMED, 90: STREAMED}
 SEVERAL = {arch: (*BMMA[arch], "IMMA.16832.U8.U8", "IMMA.16832.U8.S8") for arch in BMMA}
 RING = {90: ("BMMA.168256.AND.POPC", "HGMMA", "LDGSTS.*128", "LDS.128", "UTMALDG", "ACQBULK", "USETMAXREG")}
+ROWS = {90: ("BMMA.168256.AND.POPC", "LDGSTS.*128", "LDS.128", "ACQBULK", "USETMAXREG")}
 FLAT = {80: (*BMMA[80], "HMMA.16816"), 90: (*BMMA[90], "HGMMA")}
 
 
@@ -33,7 +34,7 @@ def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None
 
 
 def ring(target: Target, rows: int, kinds: Kinds) -> None:
-    linear(target, rows, kinds, ringed(rule(target, rows, kinds, b1=True)))
+    linear(target, rows, kinds, ringed(rule(target, rows, kinds, b1=True), rows))
 
 
 CASES = [
@@ -42,6 +43,8 @@ CASES = [
     Case("linear ring 4096x11008 T32", lambda: ring(DOWN, 32, SINGLE), RING, (90,)),
     Case("linear ring 12288x4096 T16 columns", lambda: ring(QKV, 16, replace(SINGLE, columns=True)), RING, (90,)),
     Case("linear stream 4096x11008 T64", lambda: ring(DOWN, 64, SINGLE), BMMA, (90,)),
+    Case("linear rows 12288x4096 T64", lambda: ring(QKV, 64, SIGNS), ROWS, (90,)),
+    Case("linear rows 4096x11008 T16 columns", lambda: ring(DOWN, 16, replace(SIGNS, columns=True)), ROWS, (90,)),
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
     Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "ACQBULK")}),
     Case("linear flat 12288x4096 T32 single", lambda: linear(QKV, 32, SINGLE), FLAT),

@@ -23,7 +23,7 @@ pytestmark = [
         DEVICE.type != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a GPU of capability 9"
     ),
 ]
-RING, STREAM = ringed(Config("flat")), ringed(Config("signs"))
+RING, STREAM = ringed(Config("flat"), 1), ringed(Config("signs"), 1)
 TARGETS = {
     "odd": Target(1, 72, 1104),
     "one block": Target(1, 24, 256),
@@ -48,9 +48,10 @@ COLUMNS = [{"signs": 1, "col": True}, {"signs": 1}, {}, *[{"signs": 1, "col": Tr
 
 def one_each(entries: list[int]) -> Rows:
     """Every row of a variant is a segment of its own."""
-    batch = rows(entries)
     runs = [(entry, row, row + 1) for row, entry in enumerate(entries) if entry]
-    return replace(batch, segments_G4=torch.tensor(segment_table(runs), dtype=torch.int32, device=DEVICE))
+    table = segment_table(runs) or [[0, 0, 0, 0]]
+    entry_T, segments_G4 = (torch.tensor(made, dtype=torch.int32, device=DEVICE) for made in (entries, table))
+    return replace(rows(entries), entry_T=entry_T, segments_G4=segments_G4)
 
 
 def flat(target: Target) -> Config:
@@ -84,31 +85,66 @@ def test_bits_are_those_of_the_portable_kernel(
             near(row, wanted, 5e-5 if config is RING else 2e-2)
 
 
+SEVERAL = {
+    "identical": [1] * 8,
+    "distinct": [1, 2, 4, 5, 6],
+    "two each": [1, 1, 2, 2, 4, 4, 0, 0],
+    "zipf": [1] * 13 + [2] * 4 + [3] * 3 + [4] * 2 + [5, 6, 7] + [0] * 4,
+    "unsigned": [3] * 5 + [1] * 2,
+    "base": [0, 0, 0],
+    "crowd": [e for e in range(1, 10) for _ in range(e * 3)],
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "specs"), [(torch.bfloat16, SPECS), (torch.float16, COLUMNS)], ids=["bf16", "fp16 columns"]
+)
+@pytest.mark.parametrize("entries", SEVERAL.values(), ids=SEVERAL)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_several_rows_bit_for_bit(target: Target, entries: list[int], dtype: torch.dtype, specs: list) -> None:
+    """As every row of a variant by itself, however many there are of it."""
+    made, batch = world([Target(0, 16, 8), target], specs, dtype), rows(entries)
+    x, kinds = activations(len(entries), target.inputs, dtype), made.kinds()
+    weight, expected = run(made, target, one_each(sorted(entries)), x, flat(target), kinds=kinds_of(made))
+    for config in (RING, STREAM):
+        if config is RING and len(entries) > gluon_ring.MAX_ROWS:
+            continue
+        _, found = run(made, target, batch, x, config, kinds=kinds)
+        assert found.delta_TN is not None
+        assert expected.delta_TN is not None
+        assert torch.equal(found.delta_TN.nan_to_num(7e7), expected.delta_TN.nan_to_num(7e7))
+        base = found.base_STN.double().sum(0)
+        for row, wanted in zip(base, x.double() @ weight.double().T, strict=True):
+            near(row, wanted, 5e-5 if config is RING else 2e-2)
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_against_float64(target: Target) -> None:
     made, entries = world([Target(0, 16, 8), target], SPECS, torch.bfloat16), [1, 0, 2, 3, 9]
-    batch, x = one_each(entries), activations(5, target.inputs, torch.bfloat16)
-    _, out = run(made, target, batch, x, RING, kinds=kinds_of(made))
-    assert out.delta_TN is not None
-    for entry, start, stop in batch.segments:
-        matrix = made.matrix(entry, target).double().to(DEVICE)
-        near(out.delta_TN[start:stop], x[start:stop].double() @ matrix.T, 2e-3)
-    assert out.delta_TN[1].isnan().all(), "rows of the base are left alone"
+    x = activations(5, target.inputs, torch.bfloat16)
+    for batch, kinds in ((one_each(entries), kinds_of(made)), (rows(entries), made.kinds())):
+        _, out = run(made, target, batch, x, RING, kinds=kinds)
+        assert out.delta_TN is not None
+        for entry, start, stop in batch.segments:
+            matrix = made.matrix(entry, target).double().to(DEVICE)
+            near(out.delta_TN[start:stop], x[start:stop].double() @ matrix.T, 2e-3)
+        assert out.delta_TN[batch.entry_T == 0].isnan().all(), "rows of the base are left alone"
 
 
 def test_larger_vocabularies() -> None:
     """Columns up to each variant's own outputs; zeros from there on, in the base too."""
     target, specs = Target(0, 40, 1104), [{"signs": 1, "extra": 10}, {"signs": 1}, {"signs": 1, "extra": 27}, {}]
-    made, batch = world([target], specs, torch.bfloat16), one_each([1, 2, 3, 4])
-    x, kinds = activations(4, 1104, torch.bfloat16), kinds_of(made)
-    weight, found = run(made, target, batch, x, RING, 90, kinds)
-    _, expected = run(made, target, batch, x, flat(target), 90, kinds)
-    assert found.delta_TN is not None
-    assert expected.delta_TN is not None
-    assert torch.equal(found.delta_TN, expected.delta_TN)
-    base = found.base_STN.double().sum(0)
-    near(base[:, :40], x.double() @ weight.double().T, 1e-5)
-    assert (base[:, 40:] == 0).all()
+    made, entries = world([target], specs, torch.bfloat16), [1, 2, 3, 4]
+    x = activations(4, 1104, torch.bfloat16)
+    _, expected = run(made, target, one_each(entries), x, flat(target), 90, kinds_of(made))
+    for batch, kinds in ((one_each(entries), kinds_of(made)), (rows(entries), made.kinds())):
+        weight, found = run(made, target, batch, x, RING, 90, kinds)
+        assert found.delta_TN is not None
+        assert expected.delta_TN is not None
+        assert torch.equal(found.delta_TN, expected.delta_TN)
+        base = found.base_STN.double().sum(0)
+        near(base[:, :40], x.double() @ weight.double().T, 1e-5)
+        assert (base[:, 40:] == 0).all()
 
 
 def test_the_check_of_this_device() -> None:
@@ -116,11 +152,13 @@ def test_the_check_of_this_device() -> None:
     assert found.ok, found.reason
 
 
-def test_every_program_and_again() -> None:
+@pytest.mark.parametrize("several", [False, True], ids=["a row each", "several rows"])
+def test_every_program_and_again(several: bool) -> None:
     """Few programs go round the ring many times; a hundred launches after one another give the same."""
-    target = Target(0, 4096, 4096)
-    made, batch = world([target], SPECS, torch.bfloat16), one_each([1, 2, 4, 5])
-    x, kinds = activations(4, 4096, torch.bfloat16), kinds_of(made)
+    target, entries = Target(0, 4096, 4096), [1, 2, 4, 5] * (1 + 3 * several)
+    made = world([target], SPECS, torch.bfloat16)
+    batch, kinds = (rows(sorted(entries)), made.kinds()) if several else (one_each(entries), kinds_of(made))
+    x = activations(len(entries), 4096, torch.bfloat16)
     _, first = run(made, target, batch, x, RING, kinds=kinds)
     assert first.delta_TN is not None
     for _ in range(100):
@@ -130,11 +168,13 @@ def test_every_program_and_again() -> None:
         assert torch.equal(again.base_STN, first.base_STN)
 
 
-def test_a_captured_chain_reads_tables_and_rows_anew() -> None:
+@pytest.mark.parametrize("entries", [[1, 2, 0, 4], [2, 2, 0, 4]], ids=["a row each", "several rows"])
+def test_a_captured_chain_reads_tables_and_rows_anew(entries: list[int]) -> None:
     """Planes, linear, planes, linear: each starts before the one before it has ended, none reads what is not there."""
-    target, dtype, entries = Target(0, 2048, 2048), torch.bfloat16, [1, 2, 0, 4]
+    target, dtype = Target(0, 2048, 2048), torch.bfloat16
     made = world([target], SPECS, dtype)
-    kinds, batch = kinds_of(made), one_each(entries)
+    single = len(set(entries)) == len(entries)
+    kinds, batch = (kinds_of(made), one_each(entries)) if single else (made.kinds(), rows(entries))
     x, y = activations(4, 2048, dtype), torch.empty(4, 2048, dtype=dtype, device=DEVICE)
     weight = torch.randn(2048, 2048, device=DEVICE).to(dtype) / 45
     planes, workspace = Planes.empty(1, 4, 2048, DEVICE), torch.empty(0, dtype=torch.uint8, device=DEVICE)
