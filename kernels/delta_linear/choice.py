@@ -12,7 +12,7 @@ import torch
 import triton
 
 from kernels import configs
-from kernels.delta_linear import gluon_ring
+from kernels.delta_linear import gluon_ring, gluon_rows
 from kernels.delta_linear.compact_check import compact_check
 from kernels.delta_linear.ring_check import ring_check
 from kernels.delta_linear.self_check import self_check
@@ -100,18 +100,18 @@ def choose(target: Target, rows: int, kinds: Kinds, device: torch.device | str) 
     found = _measured(target, rows, kinds, torch.cuda.get_device_name(device)) if b1 else None
     found = found or rule(target, rows, kinds, b1, _shared_bytes(device))
     by_ring = gluon_ring.supports(target, kinds, device) and ring_check(device).ok
-    return ringed(found, rows) if by_ring else found
+    return ringed(found, rows, kinds) if by_ring else found
 
 
-def ringed(config: Config, rows: int) -> Config:
-    """As `gluon_ring` does what this does. There is nothing to set but where the base's tiles are."""
-    match config.impl:
-        case "flat" if rows <= gluon_ring.MAX_ROWS:
-            return replace(config, impl="ring", outputs=gluon_ring.OUTPUTS, inner=gluon_ring.INNER, resident=2)
-        case "flat" | "signs":
-            return replace(config, impl="stream", resident=2)
-        case _:
-            return config
+def ringed(config: Config, rows: int, kinds: Kinds) -> Config:
+    """As `gluon_ring` or `gluon_rows` does what this does. There is nothing to set but where the base's tiles are."""
+    several = kinds.signs and not kinds.single and rows > 1
+    resident, most = (1, gluon_rows.MOST_ROWS) if several else (2, gluon_ring.MAX_ROWS)
+    if config.impl not in ("flat", "signs"):
+        return config
+    if rows <= most and (several or config.impl == "flat"):
+        return replace(config, impl="ring", outputs=gluon_ring.OUTPUTS, inner=gluon_ring.INNER, resident=resident)
+    return replace(config, impl="stream", resident=resident)
 
 
 def _measured(target: Target, rows: int, kinds: Kinds, device_name: str) -> Config | None:

@@ -13,9 +13,9 @@ import triton
 
 from kernels import launches
 from kernels.delta_linear import wide
-from kernels.delta_linear.choice import Config, Impl, choose, multiprocessors
+from kernels.delta_linear.choice import Config, Impl, choose
 from kernels.delta_linear.compact import compact
-from kernels.delta_linear.gluon_ring import ring
+from kernels.delta_linear.gluon_ring import MAX_ROWS, ring
 from kernels.delta_linear.gluon_rows import several_rows
 from kernels.delta_linear.triton_flat import flat_kernel, sign_kernel
 from kernels.delta_linear.triton_parts import table_arguments
@@ -24,7 +24,7 @@ from kernels.device import SEGMENT_ROWS, DeviceDeltas, Kinds, Partials, Planes, 
 
 __all__ = ["delta_linear", "partials_of"]
 _WIDER: Mapping[Impl, Impl] = {"ring": "flat", "stream": "signs"}
-"""What takes x of more than 16 bits, and leaves the same"""
+"""What takes x of more than 16 bits, and leaves the same; and more rows of the base alone"""
 UNPACKED_TILES = 4
 """Of 16 outputs, of a program that unpacks signs"""
 
@@ -84,24 +84,19 @@ def delta_linear(
     _check(x_TK, planes, weight_NK, target, kinds, out, config)
     if segments_G4.shape[0] == 0:
         kinds = Kinds()  # rows of the base alone, in a step that is not captured; delta is not written
+        if x_TK.shape[0] > MAX_ROWS:
+            config = replace(config, impl=_WIDER.get(config.impl, config.impl))
     if kinds.compact and not kinds.signs:  # its end hides behind the base's first requests
         assert out.delta_TN is not None
         compact(x_TK, target, deltas, segments_G4, kinds, out.delta_TN, add=False)
     width, device = out.base_STN.shape[2], x_TK.device
 
     def by_ring(sharing: int) -> None:
-        left, first_tiles = kinds, member_tiles(target, width)
-        if kinds.signs and x_TK.shape[0] > 1 and not kinds.single:
-            several_rows(
-                plane_arguments(planes), target, deltas, segments_G4, kinds, out, first_tiles,
-                programs=multiprocessors(device),
-            )  # fmt: skip
-            left = replace(kinds, signs=False)
-        if left.signs or sharing:
-            ring(
-                x_TK, plane_arguments(planes if left.signs else None), weight_NK, target, deltas, segments_G4, left,
-                out, first_tiles, programs=config.programs(device), sharing=sharing,
-            )  # fmt: skip
+        several = kinds.signs and x_TK.shape[0] > 1 and not kinds.single
+        (several_rows if several else ring)(
+            x_TK, plane_arguments(planes if kinds.signs else None), weight_NK, target, deltas, segments_G4, kinds, out,
+            member_tiles(target, width), programs=config.programs(device), sharing=sharing,
+        )  # fmt: skip
 
     match config.impl:
         case "ring":

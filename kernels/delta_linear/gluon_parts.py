@@ -1,4 +1,4 @@
-"""What kernels in Gluon share: names, the places of `gluon_ring`, segments."""
+"""What kernels in Gluon share: names, the places of a ring, segments."""
 
 # Triton's language is not Python's:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -19,8 +19,6 @@ copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_t
 UNDERSCORE = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 """Whether that is its name"""
 
-PLACES = gl.constexpr(6)
-"""Of the ring, an even number. 16 KB each"""
 WINDOW, FIRST_WINDOW = gl.constexpr(3), gl.constexpr(1)
 """How many of a program are under way at a time; as long as the ring has not been full once. More keep the memory no
 busier, and what others ask for beside them waits for them all: the norm that makes this linear's rows, above all"""
@@ -29,18 +27,18 @@ ARRIVALS = gl.constexpr(33)
 
 
 @gluon.jit
-def slot_of(place):
+def slot_of(place, PLACES: gl.constexpr):
     """Where in the ring, and how many times it has been gone round, as a bit."""
     return place % PLACES, place // PLACES & 1
 
 
 @gluon.jit
-def await_room(full, empty, place):
+def await_room(full, empty, place, PLACES: gl.constexpr):
     """Wait until the place is free, and until no more than WINDOW places will be under way. Returns where it is."""
-    slot, phase = slot_of(place)
+    slot, phase = slot_of(place, PLACES)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     window = gl.where(place < PLACES, FIRST_WINDOW, WINDOW)
-    before, phase = slot_of(gl.maximum(place - window, 0))
+    before, phase = slot_of(gl.maximum(place - window, 0), PLACES)
     mbarrier.wait(full.index(before), phase, pred=place >= window)
     return slot
 

@@ -30,9 +30,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import launches
 from kernels.delta_linear import triton_parts
-from kernels.delta_linear.gluon_parts import ARRIVALS, PLACES, UNDERSCORE
+from kernels.delta_linear.gluon_parts import ARRIVALS, UNDERSCORE
 from kernels.delta_linear.gluon_ring_base import consume_base, produce_base, produce_rows
-from kernels.delta_linear.gluon_ring_signs import consume_signs, produce_signs
+from kernels.delta_linear.gluon_ring_signs import PLACES, consume_signs, produce_signs
 from kernels.device import DeviceDeltas, Kinds, Partials, Target
 
 OUTPUTS, INNER = 64, 128
@@ -58,7 +58,7 @@ def _produce(
             TILES, SPREAD, MEMBERS,
         )  # fmt: skip
     if program < SHARING:
-        produce_base(w_desc, tiles, full, empty, place, program, width, SHARING, K)
+        produce_base(w_desc, tiles, full, empty, place, program, width, SHARING, K, PLACES)
 
 
 @gluon.jit
@@ -92,7 +92,23 @@ def _consume(
         )  # fmt: skip
     if program < SHARING:
         consume_base(
-            BASE, tiles, x_tiles, full, empty, x_full, x_empty, place, program, T, width, SHARING, K, SPLIT, BT, AHEAD
+            BASE,
+            tiles,
+            x_tiles,
+            full,
+            empty,
+            x_full,
+            x_empty,
+            place,
+            program,
+            T,
+            width,
+            SHARING,
+            K,
+            SPLIT,
+            BT,
+            AHEAD,
+            PLACES,
         )
 
 

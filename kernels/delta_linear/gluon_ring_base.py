@@ -16,12 +16,14 @@ from kernels.delta_linear.triton_share import program_of, range_of
 
 
 @gluon.jit
-def produce_base(w_desc, tiles, full, empty, place, program, width, PROGRAMS: gl.constexpr, K: gl.constexpr):
+def produce_base(
+    w_desc, tiles, full, empty, place, program, width, PROGRAMS: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr
+):
     """All steps of the program's share."""
     STEPS: gl.constexpr = (K + 127) // 128
     lo, hi = range_of(program, PROGRAMS, (width + 63) // 64 * STEPS)
     for step in range(lo, hi):
-        slot = await_room(full, empty, place)
+        slot = await_room(full, empty, place, PLACES)
         mbarrier.expect(full.index(slot), 2 * w_desc.block_type.nbytes)
         n, k = step // STEPS * 64, step % STEPS * 128
         load_box(w_desc, [n, k], full.index(slot), tiles.index(2 * slot))
@@ -48,6 +50,7 @@ def produce_rows(
 def consume_base(
     OUT, tiles, x_tiles, full, empty, x_full, x_empty, place, program, T, width,
     PROGRAMS: gl.constexpr, K: gl.constexpr, SPLIT: gl.constexpr, BT: gl.constexpr, AHEAD: gl.constexpr,
+    PLACES: gl.constexpr,
 ):  # fmt: skip
     """Partials as `triton_share.base_share` leaves them."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
@@ -62,7 +65,7 @@ def consume_base(
         first, last = gl.maximum(lo, before) - before, gl.minimum(hi - before, STEPS)
         total = gl.zeros([64, BT], gl.float32, layout)
         for _ in range(first, last):
-            slot, phase = slot_of(place)
+            slot, phase = slot_of(place, PLACES)
             mbarrier.wait(full.index(slot), phase)
             for half in gl.static_range(2):
                 x_place = taken + half

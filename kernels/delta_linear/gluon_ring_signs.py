@@ -23,6 +23,8 @@ from kernels.delta_linear.gluon_parts import (
 from kernels.delta_linear.triton_parts import COL, SCALE, SIGN, has, part
 from kernels.delta_linear.triton_share import range_of
 
+PLACES = gl.constexpr(6)
+"""Of the ring, an even number. 16 KB each"""
 _MMA, _OPERANDS = triton_signs.MMA, triton_signs.OPERANDS
 
 
@@ -38,7 +40,7 @@ def _produce_item(
     t = gl.arange(0, TILES, gl.SliceLayout(1, layout))[:, None]
     words_at = words + (this + t).to(gl.int64) * (KB * 128) + e
     for half in gl.static_range(2):
-        slot = await_room(full, empty, place)
+        slot = await_room(full, empty, place, PLACES)
         for s in gl.static_range(half * 8, min(half * 8 + 8, STEPS)):
             mask = this + t < end
             if (s + 1) * SPREAD > KB:
@@ -104,7 +106,7 @@ def _consume_item(
     low, high = (), ()
     for _ in gl.static_range(CHAINS):
         low, high = low + (zeros,), high + (zeros,)
-    slot, phase = slot_of(place)
+    slot, phase = slot_of(place, PLACES)
     for s in gl.static_range(16):
         if s % 8 == 0:
             mbarrier.wait(full.index(slot + s // 8), phase)

@@ -1,15 +1,15 @@
-"""Products of several rows of one variant with a plane of signs, on Hopper's binary tensor core.
+"""A decode-sized linear on Hopper where a variant has several rows.
 
 As for one row (`triton_signs`), `mma.m16n8k256 and.popc` multiplies 16 outputs x 256 signs, as they lie in memory, with
 8 columns of bits. Here these are one plane of 8 rows: 16 products multiply a block with all that 8 rows have, and
-nothing is unpacked. Every plane has sums of its own, 64 registers. A warp has up to 4 blocks of columns, whose planes
-it keeps, 128 registers, and goes over tiles; it weighs its sums once a tile, and once in several tiles the warps that
-share them add up theirs in shared memory.
+nothing is unpacked. Every plane has sums of its own, 64 registers. A warp has a few blocks of columns, whose planes it
+keeps, 32 registers each, and goes over tiles; it weighs its sums once a tile, and once in several tiles the warps that
+share them add up theirs in shared memory. A row of signs longer than eight warps' planes is done in parts; sums of all
+but the last lie in OUT, as integers.
 
-Eight warps multiply, one copies signs, through a ring as in `gluon_ring`, before the kernel ahead has ended. A row of
-signs longer than eight warps' planes is done in parts; sums of all but the last lie in OUT, as integers.
-
-Eight rows take 0.8 us of products of a 7B's qkv, its signs 1.4 us of reading: a row of a variant may be done as eight.
+Signs are products by eight warps, which keep the cores busy; the base is reading above all. So four more warps multiply
+the base's tiles at the same time (`gluon_ring_base`), both from rings that other warps fill, as in `gluon_ring`. There
+is one such program on a multiprocessor.
 """
 
 # Triton's language is not Python's:
@@ -24,23 +24,29 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import launches
 from kernels.delta_linear import triton_parts, triton_signs
 from kernels.delta_linear.gluon_parts import ARRIVALS, UNDERSCORE, copy, piece, segment
+from kernels.delta_linear.gluon_ring_base import consume_base, produce_base, produce_rows
 from kernels.delta_linear.triton_parts import COL, SCALE, SIGN, has, part
 from kernels.delta_linear.triton_share import range_of
 from kernels.device import DeviceDeltas, Kinds, Partials, Target
 
 WARPS = 8
-MOST_STEPS = 4
-"""Blocks of 256 columns of which a warp keeps the planes"""
-_RING_BYTES = 192 * 1024
+MOST_ROWS = 64
+"""Of the base"""
+_STEPS = {True: 3, False: 4}
+"""With the base or without: blocks of 256 columns of which a warp keeps the planes"""
+_SHARED_BYTES = 226 * 1024
+_AHEAD = gl.constexpr(6)
+"""Places of x"""
 WINDOW, FIRST_WINDOW = gl.constexpr(6), gl.constexpr(2)
-"""Places under way at a time: see `gluon_parts`. Each is up to 16 KB, and a multiprocessor has one program"""
-_REGISTERS = 168
-"""Of a thread at launch; those that multiply take what the one that copies leaves"""
+"""Places of signs under way at a time: see `gluon_parts`"""
+_REGISTERS = {True: 128, False: 168}
+"""Of a thread at launch; those that multiply signs take what all others leave"""
 _MMA, _OPERANDS = triton_signs.MMA, triton_signs.OPERANDS
 
 
@@ -125,6 +131,17 @@ def _sums(planes, items, slot, zeros, STEPS: gl.constexpr):
 
 
 @gluon.jit
+def _store(sums, of_places, GROUP: gl.constexpr):
+    """All at once: between stores one by one the compiler has warps wait for each other."""
+    if GROUP == 4:
+        sums.store(gl.join(gl.join(of_places[0], of_places[1]), gl.join(of_places[2], of_places[3])))
+    elif GROUP == 2:
+        sums.store(gl.join(of_places[0], of_places[1]))
+    else:
+        sums.store(of_places[0])
+
+
+@gluon.jit
 def _consume(
     SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, items, sums, full, empty,
     base_outputs, width, M1, M2,
@@ -173,10 +190,12 @@ def _consume(
                         n = this * 16 + within
                         mask = (row < stop) & (n < gl.minimum(width, last * 16))
                         scale = gl.load(SCALES + n, mask=mask & (n < outputs), other=0.0)
-                        for i in range(gl.minimum(GROUP, (last - this + TILES - 1) // TILES)):
+                        of_places = ()
+                        for i in gl.static_range(GROUP):
                             slot = group % GROUPS * GROUP + i
                             mbarrier.wait(full.index(slot), group // GROUPS & 1)
-                            sums.index(i).store(_sums(planes, items, slot, zeros, STEPS))
+                            of_places = of_places + (_sums(planes, items, slot, zeros, STEPS),)
+                        _store(sums, of_places, GROUP)
                         mbarrier.arrive(empty.index(group % GROUPS), count=1)
                         group += 1
                         found = gl.sum(of_shares.load(shares), 1)
@@ -192,60 +211,149 @@ def _consume(
 
 
 @gluon.jit
-def rows_kernel(
-    SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, N, width, M1, M2,
-    PROGRAMS: gl.constexpr, KB: gl.constexpr, PARTS: gl.constexpr, STEPS: gl.constexpr, SPREAD: gl.constexpr,
-    TILES: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, MEMBERS: gl.constexpr, PDL: gl.constexpr,
+def _produce_base(w_desc, tiles, full, empty, width, SHARING: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr):
+    program = gl.program_id(0)
+    if program < SHARING:
+        produce_base(w_desc, tiles, full, empty, program * 0, program, width, SHARING, K, PLACES)
+
+
+@gluon.jit
+def _produce_rows(x_desc, x_tiles, full, empty, width, SHARING: gl.constexpr, K: gl.constexpr, PDL: gl.constexpr):
+    program = gl.program_id(0)
+    if PDL:
+        gdc_wait()
+    if program < SHARING:
+        produce_rows(x_desc, x_tiles, full, empty, program, width, SHARING, K, _AHEAD)
+
+
+@gluon.jit
+def _consume_base(
+    BASE, tiles, x_tiles, full, empty, x_full, x_empty, T, width,
+    SHARING: gl.constexpr, K: gl.constexpr, SPLIT: gl.constexpr, BT: gl.constexpr, PLACES: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
-    """Grid [PROGRAMS]; arguments as `sign_kernel`'s. PARTS of STEPS times SPREAD blocks of columns."""
+    program = gl.program_id(0)
+    if PDL:
+        gdc_wait()
+    if program < SHARING:
+        consume_base(
+            BASE, tiles, x_tiles, full, empty, x_full, x_empty, program * 0, program, T, width, SHARING, K, SPLIT, BT,
+            _AHEAD, PLACES,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["T"])
+def rows_kernel(
+    x_desc, w_desc, BASE, SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT,
+    T, N, width, M1, M2,
+    PROGRAMS: gl.constexpr, SHARING: gl.constexpr, K: gl.constexpr, SPLIT: gl.constexpr, BT: gl.constexpr,
+    PARTS: gl.constexpr, STEPS: gl.constexpr, SPREAD: gl.constexpr, TILES: gl.constexpr, GROUP: gl.constexpr,
+    GROUPS: gl.constexpr, PLACES: gl.constexpr, MEMBERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Grid [PROGRAMS]; arguments as `gluon_ring.ring_kernel`'s. PARTS of STEPS times SPREAD blocks of columns, TILES
+    tiles to a place of the ring and GROUP places to an item."""
     if PDL:
         gdc_launch_dependents()
+    KB: gl.constexpr = (K + 255) // 256
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     items = gl.allocate_shared_memory(gl.int32, [GROUPS * GROUP * STEPS, TILES, SPREAD * 128], plain)
-    sums = gl.allocate_shared_memory(gl.int32, [GROUP, TILES, SPREAD * 128], plain)
+    if GROUP == 4:
+        sums = gl.allocate_shared_memory(
+            gl.int32, [TILES, SPREAD * 128, 2, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0, 2, 3])
+        )
+    elif GROUP == 2:
+        sums = gl.allocate_shared_memory(
+            gl.int32, [TILES, SPREAD * 128, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0, 2])
+        )
+    else:
+        sums = gl.allocate_shared_memory(gl.int32, [TILES, SPREAD * 128], plain)
     full = gl.allocate_shared_memory(gl.int64, [GROUPS * GROUP, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(GROUPS * GROUP):
         mbarrier.init(full.index(i), count=ARRIVALS)
     for i in gl.static_range(GROUPS):
         mbarrier.init(empty.index(i), count=1)
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, items, sums,
-                 full, empty, N, width, M1, M2, PROGRAMS, KB, PARTS, STEPS, SPREAD, TILES, GROUP, GROUPS, MEMBERS, PDL),
-            ),
-            (
-                _produce,
-                (SLAB, TABLE, table_stride, SEGMENTS, items, full, empty, N, width, M1, M2, PROGRAMS, KB, PARTS, STEPS,
-                 SPREAD, TILES, GROUP, GROUPS, MEMBERS),
-            ),
-        ],
-        [1],
-        [40],
-    )  # fmt: skip
+    if SHARING == 0:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, items,
+                     sums, full, empty, N, width, M1, M2, PROGRAMS, KB, PARTS, STEPS, SPREAD, TILES, GROUP, GROUPS,
+                     MEMBERS, PDL),
+                ),
+                (
+                    _produce,
+                    (SLAB, TABLE, table_stride, SEGMENTS, items, full, empty, N, width, M1, M2, PROGRAMS, KB, PARTS,
+                     STEPS, SPREAD, TILES, GROUP, GROUPS, MEMBERS),
+                ),
+            ],
+            [1],
+            [40],
+        )  # fmt: skip
+    else:
+        tiles = gl.allocate_shared_memory(w_desc.dtype, [2 * PLACES, 64, 64], w_desc.layout)
+        x_tiles = gl.allocate_shared_memory(x_desc.dtype, [_AHEAD, BT, 64], x_desc.layout)
+        w_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+        w_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+        x_full = gl.allocate_shared_memory(gl.int64, [_AHEAD, 1], mbarrier.MBarrierLayout())
+        x_empty = gl.allocate_shared_memory(gl.int64, [_AHEAD, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(PLACES):
+            mbarrier.init(w_full.index(i), count=ARRIVALS)
+            mbarrier.init(w_empty.index(i), count=1)
+        for i in gl.static_range(_AHEAD):
+            mbarrier.init(x_full.index(i), count=1)
+            mbarrier.init(x_empty.index(i), count=1)
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, OUT, items,
+                     sums, full, empty, N, width, M1, M2, PROGRAMS, KB, PARTS, STEPS, SPREAD, TILES, GROUP, GROUPS,
+                     MEMBERS, PDL),
+                ),
+                (
+                    _consume_base,
+                    (BASE, tiles, x_tiles, w_full, w_empty, x_full, x_empty, T, width, SHARING, K, SPLIT, BT, PLACES,
+                     PDL),
+                ),
+                (
+                    _produce,
+                    (SLAB, TABLE, table_stride, SEGMENTS, items, full, empty, N, width, M1, M2, PROGRAMS, KB, PARTS,
+                     STEPS, SPREAD, TILES, GROUP, GROUPS, MEMBERS),
+                ),
+                (_produce_base, (w_desc, tiles, w_full, w_empty, width, SHARING, K, PLACES)),
+                (_produce_rows, (x_desc, x_tiles, x_full, x_empty, width, SHARING, K, PDL)),
+            ],
+            [4, 1, 1, 1],
+            [80, 40, 24, 24],
+        )  # fmt: skip
 
 
 def several_rows(
-    planes: list[torch.Tensor | int | None], target: Target, deltas: DeviceDeltas, segments_G4: torch.Tensor,
-    kinds: Kinds, out: Partials, first_tiles: tuple[int, int], *, programs: int,
+    x_TK: torch.Tensor, planes: list[torch.Tensor | int | None], weight_NK: torch.Tensor, target: Target,
+    deltas: DeviceDeltas, segments_G4: torch.Tensor, kinds: Kinds, out: Partials, first_tiles: tuple[int, int], *,
+    programs: int, sharing: int,
 ) -> None:  # fmt: skip
-    """Signs' products with segments of up to SEGMENT_ROWS rows, in `delta_TN`.
-
-    Args:
-        planes: `device.plane_arguments`. first_tiles: of the second and third member, `device.member_tiles`.
-    """
-    assert out.delta_TN is not None
-    blocks, width, pdl = target.tiles[1], out.delta_TN.shape[1], launches.early(out.delta_TN)
-    parts = triton.cdiv(blocks, WARPS * MOST_STEPS)
+    """As `gluon_ring.ring`, with segments of up to SEGMENT_ROWS rows; one program to a multiprocessor."""
+    rows, blocks, width = x_TK.shape[0], target.tiles[1], out.base_STN.shape[2]
+    assert sharing == 0 or rows <= MOST_ROWS, f"{rows} rows of the base"
+    base, pdl = sharing > 0, launches.early(x_TK)
+    parts = triton.cdiv(blocks, WARPS * _STEPS[base])
     each = triton.cdiv(blocks, parts)
-    spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, MOST_STEPS)))
+    spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, _STEPS[base])))
     steps, group = triton.cdiv(each, spread), min(4, spread)
+    columns = max(16, triton.next_power_of_2(rows)) if base else 16
+    places = 5 if columns <= 32 else 4
+    room = _SHARED_BYTES - WARPS * 512 * group - base * (places * 128 + _AHEAD.value * columns) * 128
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     rows_kernel[(programs,)](
-        *triton_parts.table_arguments(deltas, target), segments_G4, *planes, out.delta_TN, target.outputs, width,
-        *first_tiles, PROGRAMS=programs, KB=blocks, PARTS=parts, STEPS=steps, SPREAD=spread, TILES=WARPS // spread,
-        GROUP=group, GROUPS=_RING_BYTES // (WARPS * 512 * steps * group),
-        MEMBERS=len(target.members) if kinds.columns else 1, PDL=pdl, num_warps=WARPS, maxnreg=_REGISTERS,
+        TensorDescriptor.from_tensor(x_TK, [columns, 64], layout),
+        TensorDescriptor.from_tensor(weight_NK, [64, 64], layout),
+        out.base_STN, *triton_parts.table_arguments(deltas, target), segments_G4, *planes, out.delta_TN,
+        rows, target.outputs, width, *first_tiles, PROGRAMS=programs, SHARING=sharing, K=target.inputs,
+        SPLIT=out.base_STN.shape[0], BT=columns, PARTS=parts, STEPS=steps, SPREAD=spread, TILES=WARPS // spread,
+        GROUP=group, GROUPS=min(4, room // (WARPS * 512 * steps * group)), PLACES=places,
+        MEMBERS=len(target.members) if kinds.columns else 1, PDL=pdl, num_warps=WARPS, maxnreg=_REGISTERS[base],
         **launches.options(pdl),
     )  # fmt: skip

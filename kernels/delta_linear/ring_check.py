@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -47,26 +46,22 @@ def ring_errors(device: torch.device, target: Target) -> tuple[float, float]:
     weight_NK = torch.randn(target.outputs, target.inputs, generator=gen).to(torch.bfloat16)
     planes = planes_reference(x_TK[None].float().to(device))
     given = [planes.words_CTW, planes.scale_CT, planes.sum_CT, 0, 0]
-    deltas, several = sign_deltas(sign_VNk, scale_VN, target, device), Kinds(signs=True)
     bits = (sign_VNk[..., None] >> torch.arange(8)) & 1
     matrix_VNK = (bits.flatten(2)[..., : target.inputs].double() * 2 - 1) * scale_VN.double()[..., None]
     q_TK = values(planes, target.inputs)[0].double().cpu()
-    signs, base = 0.0, torch.tensor(0.0)
+    expected_TN, base, signs = x_TK.double() @ weight_NK.double().T, 0.0, 0.0
     for runs in (_ALONE, _TOGETHER):
         segments = torch.tensor(segment_table(runs), dtype=torch.int32, device=device)
-        out = _poisoned(target, device)
-        if runs is _ALONE:
-            gluon_ring.ring(
-                x_TK.to(device), given, weight_NK.to(device), target, deltas, segments, replace(several, single=True),
-                out, (0, 0), programs=_PROGRAMS, sharing=_PROGRAMS,
-            )  # fmt: skip
-            base = out.base_STN.sum(0)
-        else:
-            several_rows(given, target, deltas, segments, several, out, (0, 0), programs=_PROGRAMS)
+        out, single = _poisoned(target, device), runs is _ALONE
+        (gluon_ring.ring if single else several_rows)(
+            x_TK.to(device), given, weight_NK.to(device), target, sign_deltas(sign_VNk, scale_VN, target, device),
+            segments, Kinds(signs=True, single=single), out, (0, 0), programs=_PROGRAMS, sharing=_PROGRAMS,
+        )  # fmt: skip
         assert out.delta_TN is not None
         expected = torch.cat([q_TK[start:stop] @ matrix_VNK[entry - 1].T for entry, start, stop in runs])
         signs = max(signs, _error(torch.cat([out.delta_TN[start:stop] for _, start, stop in runs]), expected))
-    return _error(base, x_TK.double() @ weight_NK.double().T), signs
+        base = max(base, _error(out.base_STN.sum(0), expected_TN))
+    return base, signs
 
 
 def _poisoned(target: Target, device: torch.device) -> Partials:

@@ -34,7 +34,7 @@ def linear(target: Target, rows: int, kinds: Kinds, config: Config | None = None
 
 
 def ring(target: Target, rows: int, kinds: Kinds) -> None:
-    linear(target, rows, kinds, ringed(rule(target, rows, kinds, b1=True), rows))
+    linear(target, rows, kinds, ringed(rule(target, rows, kinds, b1=True), rows, kinds))
 
 
 CASES = [
@@ -43,8 +43,9 @@ CASES = [
     Case("linear ring 4096x11008 T32", lambda: ring(DOWN, 32, SINGLE), RING, (90,)),
     Case("linear ring 12288x4096 T16 columns", lambda: ring(QKV, 16, replace(SINGLE, columns=True)), RING, (90,)),
     Case("linear stream 4096x11008 T64", lambda: ring(DOWN, 64, SINGLE), BMMA, (90,)),
-    Case("linear rows 12288x4096 T64", lambda: ring(QKV, 64, SIGNS), ROWS, (90,)),
-    Case("linear rows 4096x11008 T16 columns", lambda: ring(DOWN, 16, replace(SIGNS, columns=True)), ROWS, (90,)),
+    Case("linear rows 12288x4096 T64", lambda: ring(QKV, 64, SIGNS), RING, (90,)),
+    Case("linear rows 4096x14336 T256", lambda: ring(Target(1, 4096, 14336), 256, SIGNS), ROWS, (90,)),
+    Case("linear rows 4096x11008 T16 columns", lambda: ring(DOWN, 16, replace(SIGNS, columns=True)), RING, (90,)),
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
     Case("linear flat 12288x4096 T16", lambda: linear(QKV, 16, SIGNS), FLAT | {90: (*FLAT[90], "ACQBULK")}),
     Case("linear flat 12288x4096 T32 single", lambda: linear(QKV, 32, SINGLE), FLAT),

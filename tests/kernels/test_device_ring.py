@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.delta_linear import gluon_ring
+from kernels.delta_linear import gluon_ring, gluon_rows
 from kernels.delta_linear.choice import Config, choose, ringed
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.delta_linear.ring_check import ring_check
@@ -23,7 +23,9 @@ pytestmark = [
         DEVICE.type != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a GPU of capability 9"
     ),
 ]
-RING, STREAM = ringed(Config("flat"), 1), ringed(Config("signs"), 1)
+ALONE = Kinds(signs=True, single=True)
+RING, STREAM = (ringed(Config(impl), 1, ALONE) for impl in ("flat", "signs"))
+SOME, MANY = (ringed(Config("flat"), count, Kinds(signs=True)) for count in (2, 65))
 TARGETS = {
     "odd": Target(1, 72, 1104),
     "one block": Target(1, 24, 256),
@@ -106,8 +108,8 @@ def test_several_rows_bit_for_bit(target: Target, entries: list[int], dtype: tor
     made, batch = world([Target(0, 16, 8), target], specs, dtype), rows(entries)
     x, kinds = activations(len(entries), target.inputs, dtype), made.kinds()
     weight, expected = run(made, target, one_each(sorted(entries)), x, flat(target), kinds=kinds_of(made))
-    for config in (RING, STREAM):
-        if config is RING and len(entries) > gluon_ring.MAX_ROWS:
+    for config in (SOME, MANY):
+        if config is SOME and len(entries) > gluon_rows.MOST_ROWS:
             continue
         _, found = run(made, target, batch, x, config, kinds=kinds)
         assert found.delta_TN is not None
@@ -115,7 +117,7 @@ def test_several_rows_bit_for_bit(target: Target, entries: list[int], dtype: tor
         assert torch.equal(found.delta_TN.nan_to_num(7e7), expected.delta_TN.nan_to_num(7e7))
         base = found.base_STN.double().sum(0)
         for row, wanted in zip(base, x.double() @ weight.double().T, strict=True):
-            near(row, wanted, 5e-5 if config is RING else 2e-2)
+            near(row, wanted, 5e-5 if config is SOME else 2e-2)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -123,7 +125,7 @@ def test_against_float64(target: Target) -> None:
     made, entries = world([Target(0, 16, 8), target], SPECS, torch.bfloat16), [1, 0, 2, 3, 9]
     x = activations(5, target.inputs, torch.bfloat16)
     for batch, kinds in ((one_each(entries), kinds_of(made)), (rows(entries), made.kinds())):
-        _, out = run(made, target, batch, x, RING, kinds=kinds)
+        _, out = run(made, target, batch, x, RING if kinds.single else SOME, kinds=kinds)
         assert out.delta_TN is not None
         for entry, start, stop in batch.segments:
             matrix = made.matrix(entry, target).double().to(DEVICE)
@@ -138,7 +140,7 @@ def test_larger_vocabularies() -> None:
     x = activations(4, 1104, torch.bfloat16)
     _, expected = run(made, target, one_each(entries), x, flat(target), 90, kinds_of(made))
     for batch, kinds in ((one_each(entries), kinds_of(made)), (rows(entries), made.kinds())):
-        weight, found = run(made, target, batch, x, RING, 90, kinds)
+        weight, found = run(made, target, batch, x, RING if kinds.single else SOME, 90, kinds)
         assert found.delta_TN is not None
         assert expected.delta_TN is not None
         assert torch.equal(found.delta_TN, expected.delta_TN)
@@ -159,10 +161,11 @@ def test_every_program_and_again(several: bool) -> None:
     made = world([target], SPECS, torch.bfloat16)
     batch, kinds = (rows(sorted(entries)), made.kinds()) if several else (one_each(entries), kinds_of(made))
     x = activations(len(entries), 4096, torch.bfloat16)
-    _, first = run(made, target, batch, x, RING, kinds=kinds)
+    config = SOME if several else RING
+    _, first = run(made, target, batch, x, config, kinds=kinds)
     assert first.delta_TN is not None
     for _ in range(100):
-        _, again = run(made, target, batch, x, RING, kinds=kinds)
+        _, again = run(made, target, batch, x, config, kinds=kinds)
         assert again.delta_TN is not None
         assert torch.equal(again.delta_TN, first.delta_TN)
         assert torch.equal(again.base_STN, first.base_STN)

@@ -98,7 +98,7 @@ def test_measured_configurations_come_first(on_h200: Path) -> None:
     assert choose(target, 7, SIGNS, device) == measured
     assert choose(target, 5, SIGNS, device) == measured
     assert choose(target, 8, KINDS["columns"], device) == rule(target, 8, KINDS["columns"], b1=True)
-    assert choose(target, 8, Kinds(), device) == ringed(rule(target, 8, Kinds(), b1=True), 8)
+    assert choose(target, 8, Kinds(), device) == ringed(rule(target, 8, Kinds(), b1=True), 8, Kinds())
 
 
 def test_the_nearest_measured_rows_serve(on_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
