@@ -1,14 +1,15 @@
 """Whole decode steps: all layers, attention, head, sampling, in one CUDA graph, next to the bytes that they must read.
 
     python benchmarks/decode.py [--shapes llama-2-7b llama-3.1-8b] [--variants 1 8 16 32 64] [--contexts 1024]
-                                [--kinds row] [--peers] [--peer-batches 1 16] [--peer-seconds 90] [--seconds 400]
+                                [--kinds row] [--rows-each 1] [--peers] [--peer-batches 1 16] [--peer-seconds 90]
+                                [--seconds 400]
 
-B variants are B rows of B variants; 0 variants are the base alone, at every batch of --batches. Floor: base, each
-variant's delta and the KV cache, read once, over the bandwidth measured in this run. `naive`: one bf16 model per
-variant, one after the other (as many steps of batch 1; how they would fit into memory is left aside). With --peers:
-transformers with a static cache and torch.compile on the base, and PEFT's mixed batch of LoRAs beside ours. A peer that
-fails, or takes longer than --peer-seconds to be ready, is said so and left out. One JSON line per step in
-benchmarks/results/decode.jsonl.
+B variants are B rows of B variants, or with --rows-each so many rows of each; 0 variants are the base alone, at every
+batch of --batches. Floor: base, each variant's delta and the KV cache, read once, over the bandwidth measured in this
+run. `naive`: one bf16 model per variant, one after the other (as many steps of batch 1; how they would fit into memory
+is left aside). With --peers: transformers with a static cache and torch.compile on the base, and PEFT's mixed batch of
+LoRAs beside ours. A peer that fails, or takes longer than --peer-seconds to be ready, is said so and left out. One JSON
+line per step in benchmarks/results/decode.jsonl.
 """
 
 from __future__ import annotations
@@ -133,8 +134,10 @@ def base_alone(run: Run, batches: list[int], peers: Peers) -> dict[int, float]:
     return one
 
 
-def variants_of(run: Run, kind: Kind, counts: list[int], naive_us: dict[int, float], peers: Peers) -> None:
-    """B rows of B variants."""
+def variants_of(
+    run: Run, kind: Kind, counts: list[int], naive_us: dict[int, float], peers: Peers, rows_each: int
+) -> None:
+    """`rows_each` rows of each of B variants. Those with one have peers."""
     world = World(run.shape, kind, max(counts), run.dtype)
     memory = torch.cuda.memory_allocated() if gpu_timing.device().type == "cuda" else 0
     run.report.write(
@@ -151,18 +154,21 @@ def variants_of(run: Run, kind: Kind, counts: list[int], naive_us: dict[int, flo
     for count in counts:
         if run.over():
             return
-        beside = {f"naive, {count} models": count * naive_us[run.contexts[0]]} if run.contexts[0] in naive_us else {}
-        if kind == "lora" and count in peers.batches and count > 1:
+        beside = {}
+        if rows_each == 1 and run.contexts[0] in naive_us:
+            beside = {f"naive, {count} models": count * naive_us[run.contexts[0]]}
+        if rows_each == 1 and kind == "lora" and count in peers.batches and count > 1:
             theirs = partial(peers_decode.peft_us, run.shape, batch=count, context=run.contexts[0])
             found = peers.measured(run, count, theirs)
             beside |= {"peft mixed batch": found[count]} if found else {}
-        measure(run, world, kind, count, count, beside)
+        measure(run, world, kind, count * rows_each, count, beside)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["llama-2-7b", "llama-3.1-8b"])
     parser.add_argument("--variants", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--rows-each", type=int, default=1, help="rows of each variant")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of the base alone")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 512, 4096], help="the first is the peers'")
     parser.add_argument("--kinds", nargs="+", choices=("row", "row_col", "lora", "auto"), default=["row"])
@@ -182,7 +188,7 @@ def main() -> int:
         naive_us = base_alone(run, [1] if dry else arguments.batches, peers)
         _free()
         for kind in arguments.kinds:
-            variants_of(run, kind, [2] if dry else arguments.variants, naive_us, peers)
+            variants_of(run, kind, [2] if dry else arguments.variants, naive_us, peers, arguments.rows_each)
             _free()
     return 1 if report.failed else 0
 

@@ -19,9 +19,6 @@ copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_t
 UNDERSCORE = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 """Whether that is its name"""
 
-WINDOW, FIRST_WINDOW = gl.constexpr(3), gl.constexpr(1)
-"""How many of a program are under way at a time; as long as the ring has not been full once. More keep the memory no
-busier, and what others ask for beside them waits for them all: the norm that makes this linear's rows, above all"""
 ARRIVALS = gl.constexpr(33)
 """That make a place full: all lanes' copies and the warp's word, or a bulk copy that counts bytes, and 32 words"""
 
@@ -33,11 +30,13 @@ def slot_of(place, PLACES: gl.constexpr):
 
 
 @gluon.jit
-def await_room(full, empty, place, PLACES: gl.constexpr):
-    """Wait until the place is free, and until no more than WINDOW places will be under way. Returns where it is."""
+def await_room(full, empty, place, PLACES: gl.constexpr, FIRST: gl.constexpr, WINDOW: gl.constexpr):
+    """Wait until the place is free, and no more than WINDOW are under way; FIRST, as long as the ring has not been full
+    once. More keep the memory no busier, and what others ask for beside them waits for them all: the norm that makes
+    this linear's rows, above all. Returns where it is."""
     slot, phase = slot_of(place, PLACES)
     mbarrier.wait(empty.index(slot), phase ^ 1)
-    window = gl.where(place < PLACES, FIRST_WINDOW, WINDOW)
+    window = gl.where(place < PLACES, FIRST, WINDOW)
     before, phase = slot_of(gl.maximum(place - window, 0), PLACES)
     mbarrier.wait(full.index(before), phase, pred=place >= window)
     return slot

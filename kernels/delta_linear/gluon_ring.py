@@ -32,7 +32,7 @@ from kernels import launches
 from kernels.delta_linear import triton_parts
 from kernels.delta_linear.gluon_parts import ARRIVALS, UNDERSCORE
 from kernels.delta_linear.gluon_ring_base import consume_base, produce_base, produce_rows
-from kernels.delta_linear.gluon_ring_signs import PLACES, consume_signs, produce_signs
+from kernels.delta_linear.gluon_ring_signs import FIRST_WINDOW, PLACES, WINDOW, consume_signs, produce_signs
 from kernels.device import DeviceDeltas, Kinds, Partials, Target
 
 OUTPUTS, INNER = 64, 128
@@ -58,7 +58,7 @@ def _produce(
             TILES, SPREAD, MEMBERS,
         )  # fmt: skip
     if program < SHARING:
-        produce_base(w_desc, tiles, full, empty, place, program, width, SHARING, K, PLACES)
+        produce_base(w_desc, tiles, full, empty, place, program, width, SHARING, K, PLACES, FIRST_WINDOW, WINDOW)
 
 
 @gluon.jit

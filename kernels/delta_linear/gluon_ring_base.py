@@ -17,13 +17,14 @@ from kernels.delta_linear.triton_share import program_of, range_of
 
 @gluon.jit
 def produce_base(
-    w_desc, tiles, full, empty, place, program, width, PROGRAMS: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr
-):
+    w_desc, tiles, full, empty, place, program, width,
+    PROGRAMS: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr, FIRST: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
     """All steps of the program's share."""
     STEPS: gl.constexpr = (K + 127) // 128
     lo, hi = range_of(program, PROGRAMS, (width + 63) // 64 * STEPS)
     for step in range(lo, hi):
-        slot = await_room(full, empty, place, PLACES)
+        slot = await_room(full, empty, place, PLACES, FIRST, WINDOW)
         mbarrier.expect(full.index(slot), 2 * w_desc.block_type.nbytes)
         n, k = step // STEPS * 64, step % STEPS * 128
         load_box(w_desc, [n, k], full.index(slot), tiles.index(2 * slot))

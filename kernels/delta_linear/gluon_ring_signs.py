@@ -25,6 +25,8 @@ from kernels.delta_linear.triton_share import range_of
 
 PLACES = gl.constexpr(6)
 """Of the ring, an even number. 16 KB each"""
+WINDOW, FIRST_WINDOW = gl.constexpr(3), gl.constexpr(1)
+"""How many are under way at a time (`await_room`)"""
 _MMA, _OPERANDS = triton_signs.MMA, triton_signs.OPERANDS
 
 
@@ -40,7 +42,7 @@ def _produce_item(
     t = gl.arange(0, TILES, gl.SliceLayout(1, layout))[:, None]
     words_at = words + (this + t).to(gl.int64) * (KB * 128) + e
     for half in gl.static_range(2):
-        slot = await_room(full, empty, place, PLACES)
+        slot = await_room(full, empty, place, PLACES, FIRST_WINDOW, WINDOW)
         for s in gl.static_range(half * 8, min(half * 8 + 8, STEPS)):
             mask = this + t < end
             if (s + 1) * SPREAD > KB:

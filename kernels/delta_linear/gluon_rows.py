@@ -40,11 +40,14 @@ MOST_ROWS = 64
 """Of the base"""
 _STEPS = {True: 3, False: 4}
 """With the base or without: blocks of 256 columns of which a warp keeps the planes"""
-_SHARED_BYTES = 226 * 1024
-_AHEAD = gl.constexpr(6)
+_GROUP = 4
+"""Places of signs to an item, at most"""
+_SHARED_BYTES = 218 * 1024
+"""Leaves room for a program of the norm, see `gluon_ring`"""
+_AHEAD = gl.constexpr(4)
 """Places of x"""
-WINDOW, FIRST_WINDOW = gl.constexpr(6), gl.constexpr(2)
-"""Places of signs under way at a time: see `gluon_parts`"""
+_WINDOW, _FIRST_WINDOW = gl.constexpr(6), gl.constexpr(2)
+"""Places of signs under way at a time: see `gluon_parts.await_room`"""
 _REGISTERS = {True: 128, False: 168}
 """Of a thread at launch; those that multiply signs take what all others leave"""
 _MMA, _OPERANDS = triton_signs.MMA, triton_signs.OPERANDS
@@ -53,10 +56,11 @@ _MMA, _OPERANDS = triton_signs.MMA, triton_signs.OPERANDS
 @gluon.jit
 def _await_room(full, empty, group, i, GROUP: gl.constexpr, GROUPS: gl.constexpr):
     """Wait until the i-th place of the group is free, and few are under way. Returns where it is."""
+    WINDOW: gl.constexpr = _WINDOW if _WINDOW < GROUP * GROUPS else GROUP * GROUPS - 1
     if i == 0:
         mbarrier.wait(empty.index(group % GROUPS), group // GROUPS & 1 ^ 1)
     place = group * GROUP + i
-    window = gl.where(group < GROUPS, FIRST_WINDOW, WINDOW)
+    window = gl.where(group < GROUPS, _FIRST_WINDOW, WINDOW)
     before = gl.maximum(place - window, 0)
     mbarrier.wait(full.index(before % (GROUP * GROUPS)), before // (GROUP * GROUPS) & 1, pred=place >= window)
     return place % (GROUP * GROUPS)
@@ -122,12 +126,12 @@ def _sums(planes, items, slot, zeros, STEPS: gl.constexpr):
                 is_pure=False, pack=4,
             )  # fmt: skip
             low, high = low[1:] + (lower,), high[1:] + (higher,)
-    found = low[0]
-    for p in gl.static_range(1, 8):
-        found += low[p] * (1 << p)
-    for p in gl.static_range(8):
-        found += high[p] * (256 << p if p < 7 else -32768)
-    return found
+    # One half by shifts, the other by products: these are different pipes.
+    found, upper = low[7], high[0]
+    for p in gl.static_range(7):
+        found = (found << 1) + low[6 - p]
+        upper += high[p + 1] * (2 << p if p < 6 else -128)
+    return found + upper * 256
 
 
 @gluon.jit
@@ -214,7 +218,7 @@ def _consume(
 def _produce_base(w_desc, tiles, full, empty, width, SHARING: gl.constexpr, K: gl.constexpr, PLACES: gl.constexpr):
     program = gl.program_id(0)
     if program < SHARING:
-        produce_base(w_desc, tiles, full, empty, program * 0, program, width, SHARING, K, PLACES)
+        produce_base(w_desc, tiles, full, empty, program * 0, program, width, SHARING, K, PLACES, 2, PLACES - 1)
 
 
 @gluon.jit
@@ -342,7 +346,7 @@ def several_rows(
     parts = triton.cdiv(blocks, WARPS * _STEPS[base])
     each = triton.cdiv(blocks, parts)
     spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, _STEPS[base])))
-    steps, group = triton.cdiv(each, spread), min(4, spread)
+    steps, group = triton.cdiv(each, spread), min(_GROUP, spread)
     columns = max(16, triton.next_power_of_2(rows)) if base else 16
     places = 5 if columns <= 32 else 4
     room = _SHARED_BYTES - WARPS * 512 * group - base * (places * 128 + _AHEAD.value * columns) * 128

@@ -30,6 +30,7 @@ TARGETS = {
     "odd": Target(1, 72, 1104),
     "one block": Target(1, 24, 256),
     "narrow": Target(1, 72, 128),
+    "narrow and long": Target(1, 32768, 200),
     "members": Target(1, 58 * 16, 1032, (0, 16, 48)),
     "spread 2": Target(1, 4096, 5120),
     "spread 4": Target(1, 1032, 11008),

@@ -76,7 +76,7 @@ def test_rule() -> None:
 
 
 def test_what_the_ring_takes(on_h200: Path) -> None:
-    """On Hopper: the base, and one plane of signs where no variant has several rows."""
+    """On Hopper: the base, and one plane of signs; up to 64 rows where a variant has several."""
     target, device, single = Target(0, 4096, 4096), torch.device("cuda"), replace(SIGNS, single=True)
     for rows, kinds in ((1, Kinds()), (FLAT_ROWS, Kinds()), (1, SIGNS), (FLAT_ROWS, single)):
         found = choose(target, rows, kinds, device)
@@ -85,8 +85,11 @@ def test_what_the_ring_takes(on_h200: Path) -> None:
     found = choose(target, 64, single, device)
     assert (found.impl, found.split(target, 4096, device)) == ("stream", 1)
     assert choose(target, 16, replace(single, columns=True), device).impl == "ring"
-    for kinds in (SIGNS, replace(single, planes=2)):
-        assert choose(target, 16, kinds, device).impl == "flat"
+    for kinds in (SIGNS, replace(SIGNS, columns=True)):
+        found = [choose(target, rows, kinds, device) for rows in (2, 64, 65, 256)]
+        assert [(one.impl, one.resident) for one in found] == [("ring", 1), ("ring", 1), ("stream", 1), ("stream", 1)]
+        assert found[1].split(target, 4096, device) > 1
+    assert choose(target, 16, replace(single, planes=2), device).impl == "flat"
     for shape in ((64, 100), (64, 1001), (64, 17000)):
         assert choose(Target(0, *shape), 16, single, device).impl == "flat"
 
@@ -95,8 +98,8 @@ def test_measured_configurations_come_first(on_h200: Path) -> None:
     target, device = Target(0, 4096, 4096), torch.device("cuda")
     measured = Config("flat", tiles=8)
     on_h200.write_text(json.dumps({key(target, 8, SIGNS): settings(measured)}))
-    assert choose(target, 7, SIGNS, device) == measured
-    assert choose(target, 5, SIGNS, device) == measured
+    assert choose(target, 7, SIGNS, device) == ringed(measured, 7, SIGNS)
+    assert choose(target, 5, SIGNS, device) == ringed(measured, 5, SIGNS)
     assert choose(target, 8, KINDS["columns"], device) == rule(target, 8, KINDS["columns"], b1=True)
     assert choose(target, 8, Kinds(), device) == ringed(rule(target, 8, Kinds(), b1=True), 8, Kinds())
 
