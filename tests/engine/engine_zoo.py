@@ -61,15 +61,15 @@ class Zoo:
 
     @cached_property
     def deltas(self) -> dict[str, Path]:
-        """Kind -> delta directory."""
+        """Kind -> delta directory. Made on the CPU: on a GPU that is thousands of kernels more for memcheck to watch."""
         found = {}
         for seed, (kind, (options, changes)) in enumerate(KINDS.items(), start=1):
             fine = make_finetune(self.base, self.root / f"fine-{kind}", seed=seed, scale=0.3, **changes)
             made = self.root / f"delta-{kind}"
             if isinstance(options, AutoOptions):
-                found[kind] = auto.compress(self.base, fine, made, options)
+                found[kind] = auto.compress(self.base, fine, made, options, device="cpu")
             else:
-                found[kind] = compress(self.base, fine, made, options)
+                found[kind] = compress(self.base, fine, made, options, device="cpu")
         self._make_adapter(self.root / "adapter")
         found["lora"] = compress(self.base, self.root / "adapter", self.root / "delta-lora")
         return found
