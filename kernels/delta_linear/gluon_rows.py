@@ -38,10 +38,10 @@ from kernels.device import DeviceDeltas, Kinds, Partials, Target
 WARPS = 8
 MOST_ROWS = 64
 """Of the base"""
-_STEPS = {True: 3, False: 4}
-"""With the base or without: blocks of 256 columns of which a warp keeps the planes"""
-_GROUP = 4
-"""Places of signs to an item, at most"""
+_STEPS = 3
+"""Blocks of 256 columns of which a warp keeps the planes"""
+_GROUP, _GROUP_OF_PARTS = 4, 2
+"""Places of signs to an item, at most, and where K is done in parts: there four take more registers than there are"""
 _SHARED_BYTES = 218 * 1024
 """Leaves room for a program of the norm, see `gluon_ring`"""
 _AHEAD = gl.constexpr(4)
@@ -330,7 +330,7 @@ def rows_kernel(
                 (_produce_rows, (x_desc, x_tiles, x_full, x_empty, width, SHARING, K, PDL)),
             ],
             [4, 1, 1, 1],
-            [80, 40, 24, 24],
+            [80, 32, 24, 24],
         )  # fmt: skip
 
 
@@ -343,10 +343,10 @@ def several_rows(
     rows, blocks, width = x_TK.shape[0], target.tiles[1], out.base_STN.shape[2]
     assert sharing == 0 or rows <= MOST_ROWS, f"{rows} rows of the base"
     base, pdl = sharing > 0, launches.early(x_TK)
-    parts = triton.cdiv(blocks, WARPS * _STEPS[base])
+    parts = triton.cdiv(blocks, WARPS * _STEPS)
     each = triton.cdiv(blocks, parts)
-    spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, _STEPS[base])))
-    steps, group = triton.cdiv(each, spread), min(_GROUP, spread)
+    spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, _STEPS)))
+    steps, group = triton.cdiv(each, spread), min(_GROUP if parts == 1 else _GROUP_OF_PARTS, spread)
     columns = max(16, triton.next_power_of_2(rows)) if base else 16
     places = 5 if columns <= 32 else 4
     room = _SHARED_BYTES - WARPS * 512 * group - base * (places * 128 + _AHEAD.value * columns) * 128

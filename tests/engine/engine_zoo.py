@@ -61,7 +61,7 @@ class Zoo:
 
     @cached_property
     def deltas(self) -> dict[str, Path]:
-        """Kind -> delta directory. Made on the CPU: on a GPU that is thousands of kernels more for memcheck to watch."""
+        """Kind -> delta directory. Made on the CPU: on a GPU memcheck would watch thousands of kernels more."""
         found = {}
         for seed, (kind, (options, changes)) in enumerate(KINDS.items(), start=1):
             fine = make_finetune(self.base, self.root / f"fine-{kind}", seed=seed, scale=0.3, **changes)
