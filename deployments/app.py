@@ -24,6 +24,8 @@ ROUTING_STATS_PERIOD_S, ROUTING_STATS_TIMEOUT_S = 0.5, 5.0
 DRAIN_S, DRAIN_POLL_S = 120.0, 0.2
 HEALTH_PERIOD_S = 5.0
 INGRESS_ONGOING = 10_000
+RUNTIME_ENV = {"env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20)}}
+"""Between front and replicas: bodies of 32 MiB pass, and the logprobs of a long prompt are one event."""
 
 
 def build_app(args: AppConfig) -> Application:
@@ -32,7 +34,7 @@ def build_app(args: AppConfig) -> Application:
     replicas = serve.deployment(
         name=REPLICAS,
         num_replicas=args.num_replicas,
-        ray_actor_options=_resources(args),
+        ray_actor_options={**_resources(args), "runtime_env": RUNTIME_ENV},
         max_ongoing_requests=args.max_ongoing_requests,
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=DRAIN_S,
@@ -49,7 +51,7 @@ def _front(name: str, count: int) -> Callable[[type], Deployment]:
     return serve.deployment(
         name=name,
         num_replicas=count,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": RUNTIME_ENV},
         max_ongoing_requests=INGRESS_ONGOING,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,

@@ -121,9 +121,11 @@ class Picker:
     async def _delta(self, body: bytes) -> str | None:
         """None where there is no affinity: the base, and whatever a replica will refuse."""
         try:
-            model = json.loads(body).get("model", "")
+            model = json.loads(body).get("model")
+            if not isinstance(model, str):
+                return None
             target = await self._catalog.target(model, await self._gateway.info(), ANYBODY.owners)
-        except (ValueError, AttributeError, BitDeltaError, StorageError):
+        except (ValueError, AttributeError, RecursionError, BitDeltaError, StorageError):
             return None
         return target.delta
 

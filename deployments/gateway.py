@@ -27,6 +27,7 @@ from storage.manifest import Manifest
 INGRESS, REPLICAS = "Ingress", "ModelReplica"
 """Names of the application's two deployments."""
 MAX_FAN_OUT = 64
+"""Choices of one request that are under way at a time"""
 HEALTH_TIMEOUT_S = 5.0
 Numbered = tuple[int, Accepted | TokenEvent]
 """The number of the call among those of one request, and what its replica sent."""
@@ -83,7 +84,7 @@ class Gateway:
 
     async def _several(self, calls: Sequence[GenerateCall]) -> AsyncGenerator[Numbered]:
         queue: asyncio.Queue[Numbered | Exception | None] = asyncio.Queue(maxsize=2 * MAX_FAN_OUT)
-        slots = asyncio.Semaphore(MAX_FAN_OUT)
+        slots = asyncio.Semaphore(max(1, MAX_FAN_OUT // calls[0].params.n))
 
         async def pump(number: int, call: GenerateCall) -> None:
             async with slots, aclosing(self._numbered(number, call)) as items:

@@ -39,7 +39,7 @@ def render(tokenizer: Any, prompt: ChatPrompt) -> str:
             continue_final_message=prompt.continue_final_message,
             **prompt.template_kwargs,
         )
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+    except (jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise InvalidRequest(f"The model's chat template refuses the messages: {error}", param="messages") from error
 
 

@@ -23,6 +23,7 @@ from bitdelta_core.engine.choice import Choice
 from bitdelta_core.engine.compilations import compilations
 from bitdelta_core.engine.residency import Residency, Resident, State
 from bitdelta_core.engine.runner import Outcome, Pending, Runner, Task
+from bitdelta_core.engine.sampler import Sample
 from bitdelta_core.engine.scheduler import Scheduler, Work
 from bitdelta_core.engine.sequence import Sequence
 from bitdelta_core.engine.variants import Variant
@@ -264,7 +265,7 @@ class EngineCore:
                 continue  # it has ended since the launch, by itself or with its request
             job, choice = self._choices[w.seq]
             if outcome.sample.finite:
-                self._accept(job, choice, choice.accept(outcome.sample))
+                self._accept(job, choice, outcome.sample)
             else:
                 self._fail(job, _not_finite(w.seq))
         for resident in launched.unpin:
@@ -275,12 +276,20 @@ class EngineCore:
             if not w.prompt_logprobs or w.seq not in self._choices:
                 continue
             job, choice = self._choices[w.seq]
-            if outcome.prompt_logprobs:
-                choice.add_prompt_logprobs(w.start, outcome.prompt_logprobs)
-            if w.stop >= w.seq.prompt_len:
-                job.deliver(choice.prompt_event())
+            try:
+                if outcome.prompt_logprobs:
+                    choice.add_prompt_logprobs(w.start, outcome.prompt_logprobs)
+                if w.stop >= w.seq.prompt_len:
+                    job.deliver(choice.prompt_event())
+            except BitDeltaError as error:
+                self._fail(job, error)
 
-    def _accept(self, job: Job, choice: Choice, event: TokenEvent) -> None:
+    def _accept(self, job: Job, choice: Choice, sample: Sample) -> None:
+        try:
+            event = choice.accept(sample)
+        except BitDeltaError as error:
+            self._fail(job, error)
+            return
         self._generated_tokens += 1
         if event.finish_reason is not None:
             self._close(choice)
@@ -296,7 +305,7 @@ class EngineCore:
         try:
             self._end(job)
         finally:
-            job.deliver(error)
+            job.deliver(error.with_traceback(None))  # of an error that is kept, tracebacks would keep frames, too
 
     def _fail_all(self, resident: Resident) -> None:
         assert resident.error is not None

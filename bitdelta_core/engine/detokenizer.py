@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bitdelta_core.errors import CheckpointError
+
 HALF = "\ufffd"
 """What half a character decodes to."""
 CONTEXT_TOKENS = 6
@@ -23,13 +25,27 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def decoder_of(tokenizer: Any, *, skip_special_tokens: bool) -> Decode:
-    """The fastest way to decode ids with a Hugging Face tokenizer."""
+    """The fastest way to decode ids with a Hugging Face tokenizer. It raises CheckpointError where that fails."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return lambda ids: backend.decode(ids, skip_special_tokens=skip_special_tokens)
-    return lambda ids: tokenizer.decode(
-        list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        return _refusing(lambda ids: backend.decode(ids, skip_special_tokens=skip_special_tokens))
+    return _refusing(
+        lambda ids: tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
     )
+
+
+def _refusing(decode: Decode) -> Decode:
+    """A tokenizer is one variant's file: what it does wrong, panics of its Rust included, is not the engine's end."""
+
+    def checked(ids: Sequence[int]) -> str:
+        try:
+            return decode(ids)
+        except BaseException as error:
+            raise CheckpointError(f"its tokenizer cannot decode: {type(error).__name__}: {error}") from None
+
+    return checked
 
 
 class Detokenizer:

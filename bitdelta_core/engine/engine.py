@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,8 +63,9 @@ class Engine:
                 capacity=self.config.max_num_seqs + self.config.max_waiting,
                 seed=self.config.seed,
             )
-        except BaseException:
+        except BaseException as error:
             self._base.loader.close()
+            traceback.clear_frames(error.__traceback__)  # they hold the device's memory
             self._base.release()
             raise
         self._closed = False
@@ -189,6 +191,7 @@ class Engine:
             self._closed = True
             heap.take_back()
             self._base.release()
+            heap.set_rest_aside()
 
     def __enter__(self) -> Engine:
         return self

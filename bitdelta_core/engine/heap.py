@@ -2,7 +2,7 @@
 
 A full collection looks at every object there is. With torch, transformers and a compiler imported that takes 0.1 to
 0.4 s, in which every sequence waits. What exists when an engine has started is there to stay: collections leave it out
-until the last engine of the process is closed.
+until it is closed, and then what the others of the process have.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ def set_aside() -> None:
 
 
 def take_back() -> None:
-    """An engine is closed. After the last one, collections look at everything again."""
+    """An engine is closed: a collection finds its cycles now."""
     global _engines
     with _lock:
         _engines -= 1
-        if _engines == 0:
-            gc.unfreeze()
+        gc.unfreeze()
+
+
+def set_rest_aside() -> None:
+    """What is left belongs to others that still run, if any do."""
+    with _lock:
+        if _engines:
+            gc.freeze()

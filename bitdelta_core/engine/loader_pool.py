@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from bitdelta_core.engine.passing import run_in_passing_thread
 
@@ -26,7 +27,11 @@ class LoaderPool:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Idle threads have ended afterwards: one still on its way out when the interpreter ends aborts the process."""
+        """Idle threads have ended afterwards: one still on its way out when the interpreter ends aborts the process.
+        Jobs that nobody has begun are dropped."""
+        with suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
         for _ in self._threads:
             self._jobs.put(None)
         deadline = time.monotonic() + CLOSE_S

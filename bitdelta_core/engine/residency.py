@@ -242,24 +242,24 @@ class Residency:
             entry.opened, entry.host = kept
             entry.state = State.IN_HOST
         else:
-            self._start(entry, State.FETCHING, self._fetchers, lambda: self._open(entry.delta))
+            self._start(entry, State.FETCHING, self._fetchers, partial(self._open, entry.delta))
 
     def _start(self, entry: Resident, state: State, pool: LoaderPool, job: Callable[[], Any]) -> None:
-        entry.state = state
+        entry.state, done, wake = state, self._done, self._wake  # a job that hangs does not hold the slab
 
         def run() -> None:
             began = time.monotonic()
             try:
                 outcome = job()
-            except Exception as error:
-                outcome = error
-            self._done.put((entry, outcome, time.monotonic() - began))
-            self._wake()
+            except BaseException as error:
+                outcome = error.with_traceback(None)
+            done.put((entry, outcome, time.monotonic() - began))
+            wake()
 
         pool.submit(run)
 
     def _finish(self, entry: Resident, outcome: Any) -> None:
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             self._fail(entry, outcome)
         elif entry.state is State.FETCHING:
             entry.opened, entry.state = outcome, State.ON_DISK
@@ -279,7 +279,7 @@ class Residency:
             self.loads += 1
             self._keep_host(entry)
 
-    def _fail(self, entry: Resident, error: Exception) -> None:
+    def _fail(self, entry: Resident, error: BaseException) -> None:
         told = as_delta_error(error, entry.delta)
         if entry.state is State.STAGING:
             self.slab.unpin(entry.delta)

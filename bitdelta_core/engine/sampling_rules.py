@@ -16,6 +16,8 @@ MAX_LOGPROBS = 100
 MAX_ID = 2**31 - 1
 """Of what becomes an element of a tensor."""
 MAX_STOPS = 64
+MIN_REPETITION = 0.01
+"""Below that its inverse is no number in 32 bits some time, and nothing but repetition long before."""
 MAX_STOP_CHARACTERS = 1024
 
 
@@ -34,7 +36,7 @@ def check(params: SamplingParams) -> None:
     _between("min_p", params.min_p, 0, 1)
     _between("presence_penalty", params.presence_penalty, -2, 2)
     _between("frequency_penalty", params.frequency_penalty, -2, 2)
-    _between("repetition_penalty", params.repetition_penalty, 0, 2, open_low=True)
+    _between("repetition_penalty", params.repetition_penalty, MIN_REPETITION, 2)
     _whole("seed", params.seed, -(2**63), 2**64 - 1)
     _whole("logprobs", params.logprobs, 0, MAX_LOGPROBS)
     _whole("prompt_logprobs", params.prompt_logprobs, 0, MAX_LOGPROBS)

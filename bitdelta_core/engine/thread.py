@@ -12,9 +12,11 @@ import logging
 import os
 import queue
 import threading
+import traceback
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from numbers import Integral
 
 from bitdelta_core.engine.api import EngineStats, GenerationRequest, TokenEvent
 from bitdelta_core.engine.core import Deliver, EngineCore, Job
@@ -59,6 +61,8 @@ class EngineThread:
         request.params.validate()
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty: give at least one token", param="prompt")
+        if not all(isinstance(token, Integral) for token in request.prompt_token_ids):
+            raise InvalidRequest("the prompt must be token ids, which are whole numbers", param="prompt")
         opened = _Open(request.params.n)
         job = Job(request, deliver=self._counting(request.request_id, opened, deliver), seed=self._seed_of(request))
         with self._lock:
@@ -168,8 +172,11 @@ class EngineThread:
         dead.__cause__ = error
         with self._lock:
             self._dead = dead
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold the device's memory
         while not self._inbox.empty():
-            self._inbox.get()()
+            with suppress(Exception):
+                self._inbox.get()()
         self._core.end_all(dead)
         self._core.residency.close()
         self._hand_over()

@@ -164,7 +164,7 @@ class RowValues:
             0.0 if self.greedy else math.log2(math.e) / max(self.temperature, MIN_TEMPERATURE),
             -math.log2(self.min_p) if self.min_p > 0 else math.inf,
             self.top_k if 0 < self.top_k < self.vocab else 0,
-            max(1, round(self.top_p * 2**FRACTION)) if self.top_p < 1 else 0,
+            self._packed_top_p(),
             uniform,
             self.presence,
             self.frequency,
@@ -174,6 +174,11 @@ class RowValues:
             self.vocab,
             self.logprob,
         )
+
+    def _packed_top_p(self) -> int:
+        """In units of 2^-FRACTION; 0: everything, as for what is that but for rounding."""
+        share = max(1, round(self.top_p * 2**FRACTION))
+        return share if share < 2**FRACTION else 0
 
 
 def start_counts(counts_QV: torch.Tensor, row: int, prompt: torch.Tensor, generated: torch.Tensor) -> None:

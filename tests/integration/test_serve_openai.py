@@ -93,6 +93,17 @@ def test_a_request_that_fans_out_to_many_calls_completes(server: Server) -> None
     assert len(set(texts(answer))) == 1
 
 
+def test_more_choices_than_an_engine_takes_on_at_once(server: Server) -> None:
+    answer = server.client().completions.create(model="acme/plain", prompt=["Hello"] * 64, n=20, max_tokens=1)
+    assert [choice.index for choice in answer.choices] == list(range(64 * 20))
+
+
+def test_prompts_of_megabytes_are_too_long_and_nothing_worse(server: Server) -> None:
+    """More than gRPC lets pass by itself."""
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        server.client().completions.create(model="acme/plain", prompt="a" * 5_000_000, max_tokens=1)
+
+
 def test_echo_with_logprobs_as_lm_eval_asks(server: Server) -> None:
     client = server.client()
     options: Any = {"model": "acme/plain", "prompt": "Hello", "echo": True, "logprobs": 1, "temperature": 0, "seed": 1}

@@ -322,3 +322,8 @@ def test_a_measured_configuration_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
     chip = torch.device("cuda", 0)
     assert config_for(99, chip) == Config(columns=512)
     assert config_for(98, chip) == config_for(99, torch.device("cpu")) == Config()
+
+
+def test_a_share_that_rounds_to_all_is_all() -> None:
+    assert RowValues(vocab=9, top_p=0.9999999999).pack(0) == RowValues(vocab=9).pack(0)
+    assert RowValues(vocab=9, top_p=0.999999).pack(0) != RowValues(vocab=9).pack(0)

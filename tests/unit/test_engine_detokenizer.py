@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from bitdelta_core.engine.detokenizer import HALF, Detokenizer, StopMatcher
+from bitdelta_core.engine.detokenizer import HALF, Detokenizer, StopMatcher, decoder_of
+from bitdelta_core.errors import CheckpointError
 
 TEXT = "Grüße, 世界! naïve 👩‍👩‍👧 café — ok"
 
@@ -133,3 +136,13 @@ def test_the_earliest_stop_string_wins_and_can_be_included() -> None:
     assert StopMatcher(["world", "lo w"], include=False).push("hello world") == ("hel", "lo w")
     assert StopMatcher(["lo"], include=True).push("hello world") == ("hello", "lo")
     assert StopMatcher(["lo", "lo w"], include=False).push("hello world") == ("hel", "lo w")
+
+
+def test_a_tokenizer_that_panics_is_the_variant_s_fault() -> None:
+    """In Rust, which raises what is no Exception."""
+    tokenizer = byte_level()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip("a", 0, 2)])
+    decode = decoder_of(SimpleNamespace(backend_tokenizer=tokenizer), skip_special_tokens=True)
+    assert decode(tokenizer.encode("bcd").ids) == "bcd"
+    with pytest.raises(CheckpointError, match="its tokenizer cannot decode: PanicException"):
+        decode(tokenizer.encode("a").ids)

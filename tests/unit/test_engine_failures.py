@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from bitdelta_core.engine.choice import Choice
 from bitdelta_core.errors import (
     CheckpointError,
     ContextLengthExceeded,
@@ -66,6 +67,46 @@ def test_a_poisoned_variant_fails_alone() -> None:
     assert world.errors["b"].delta == B
     assert all(world.tokens(n, i) == answer(d, PROMPT, 6) for n, d in (("base", None), ("a", A)) for i in range(2))
     world.assert_idle()
+
+
+@pytest.mark.parametrize("method", ["accept", "add_prompt_logprobs"])
+def test_text_that_cannot_be_made_fails_its_own_request_only(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = getattr(Choice, method)
+
+    def failing(self: Choice, *args: object) -> object:
+        if self.seq.delta == B:
+            raise CheckpointError("its tokenizer cannot decode")
+        return own(self, *args)
+
+    monkeypatch.setattr(Choice, method, failing)
+    world = World()
+    for name, delta in (("base", None), ("a", A), ("b", B)):
+        world.ask(name, PROMPT, delta=delta, n=2, prompt_logprobs=1)
+    world.run()
+    assert set(world.errors) == {"b"}
+    assert all(world.tokens(n, i) == answer(d, PROMPT, 6) for n, d in (("base", None), ("a", A)) for i in range(2))
+    world.assert_idle()
+
+
+def test_a_source_that_leaves_its_thread_fails_its_own_requests() -> None:
+    """Not with an Exception: a panic of a library in Rust."""
+    world = World()
+    world.source.errors[B] = SystemExit("panic")  # pyright: ignore[reportArgumentType]
+    for name, delta in (("a", A), ("b", B)):
+        world.ask(name, PROMPT, delta=delta)
+    world.run()
+    assert isinstance(world.errors["b"], DeltaUnavailable)
+    assert world.tokens("a") == answer(A, PROMPT, 6)
+
+
+def test_an_error_that_is_kept_keeps_nothing_else() -> None:
+    """Every request within the quarantine gets it: a traceback would grow, and hold what its frames hold."""
+    world = World()
+    world.source.errors[B] = DeltaFormatError("tensor x is truncated", delta=B)
+    for i in range(3):
+        world.ask(f"b{i}", PROMPT, delta=B)
+        world.run()
+        assert world.errors[f"b{i}"].__traceback__ is None
 
 
 def test_a_base_without_a_finite_logit_is_named() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -199,6 +201,40 @@ async def test_an_exception_in_the_loop_is_everybodys_end(running: Running) -> N
     with pytest.raises(EngineDead):
         await running.tokens("late")
     running.world.source.gates[B].set()
+
+
+async def test_whoever_waits_is_told_though_the_rest_of_the_inbox_fails_as_well(running: Running) -> None:
+    running.world.source.gates[A] = threading.Event()
+    task = asyncio.create_task(running.tokens("r", A))
+    await asyncio.sleep(0.05)
+    for _ in range(2):
+        running.thread._inbox.put(lambda: 1 / 0)
+    running.thread._wake.set()
+    with pytest.raises(EngineDead, match="ZeroDivisionError"):
+        await asyncio.wait_for(task, 10)
+    running.world.source.gates[A].set()
+
+
+def test_a_crash_holds_no_memory() -> None:
+    """Its error is raised as long as somebody asks."""
+    world = World()
+    core, given = weakref.ref(world.core), [world.core]
+    thread = EngineThread(lambda wake: given.pop(), capacity=2)
+    world.core.step = lambda: 1 / 0  # pyright: ignore[reportAttributeAccessIssue]
+    del world
+    thread._wake.set()
+    thread._thread.join(10)
+    with pytest.raises(EngineDead, match="ZeroDivisionError") as caught:
+        thread.health()
+    gc.collect()
+    assert core() is None, caught
+
+
+@pytest.mark.parametrize("prompt", [(1, "a"), (1.0,), (None,)])
+def test_tokens_that_are_no_numbers_are_refused(running: Running, prompt: tuple[Any, ...]) -> None:
+    with pytest.raises(InvalidRequest, match="whole numbers"):
+        running.thread.submit(GenerationRequest(request_id="r", prompt_token_ids=prompt), print)
+    running.thread.health()
 
 
 async def test_closing_ends_whoever_waits() -> None:
