@@ -30,6 +30,8 @@ TARGETS = {
     "odd": Target(1, 72, 1104),
     "one block": Target(1, 24, 256),
     "narrow": Target(1, 72, 128),
+    "three blocks": Target(1, 72, 600),
+    "eight blocks": Target(1, 200, 2048),
     "narrow and long": Target(1, 32768, 200),
     "members": Target(1, 58 * 16, 1032, (0, 16, 48)),
     "spread 2": Target(1, 4096, 5120),
@@ -95,6 +97,7 @@ SEVERAL = {
     "zipf": [1] * 13 + [2] * 4 + [3] * 3 + [4] * 2 + [5, 6, 7] + [0] * 4,
     "unsigned": [3] * 5 + [1] * 2,
     "base": [0, 0, 0],
+    "64 rows": [1] * 20 + [2] * 9 + [4] * 16 + [5] * 3 + [6, 7] + [0] * 14,
     "crowd": [e for e in range(1, 10) for _ in range(e * 3)],
 }
 
