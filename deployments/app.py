@@ -34,7 +34,7 @@ def build_app(args: AppConfig) -> Application:
     replicas = serve.deployment(
         name=REPLICAS,
         num_replicas=args.num_replicas,
-        ray_actor_options={**_resources(args), "runtime_env": RUNTIME_ENV},
+        ray_actor_options={**resources(args), "runtime_env": RUNTIME_ENV},
         max_ongoing_requests=args.max_ongoing_requests,
         health_check_period_s=HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=DRAIN_S,
@@ -68,7 +68,7 @@ def _router(args: AppConfig) -> RequestRouterConfig:
     return RequestRouterConfig(**fields)
 
 
-def _resources(args: AppConfig) -> dict[str, float]:
+def resources(args: AppConfig) -> dict[str, float]:
     """What one replica takes. Looks at the cluster, not at the node that builds the application."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
     if args.num_gpus is not None:

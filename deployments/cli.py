@@ -28,6 +28,9 @@ def main() -> None:
     except (BitDeltaError, StorageError) as error:
         print(f"bitdelta: {_located(error)}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a path that may not be looked at
+        print(f"bitdelta: {error.filename or 'input and output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _located(error: Exception) -> str:

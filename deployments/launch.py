@@ -138,6 +138,8 @@ def _application(config: AppConfig, listen: Listen, stop: threading.Event) -> It
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options={"host": listen.host, "port": listen.port})
     try:
+        if listen.address is None:
+            _check_room(config)
         target = serve.RunTarget(build_app(config), name=APP, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
         while not stop.is_set() and not _up(listen.url):
@@ -149,6 +151,19 @@ def _application(config: AppConfig, listen: Listen, stop: threading.Event) -> It
                 serve.shutdown()
             else:
                 serve.delete(APP)
+
+
+def _check_room(config: AppConfig) -> None:
+    """Refuse what a Ray of our own, which does not grow, would wait for without end."""
+    from deployments.app import resources
+
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", resources(config)["num_cpus"]), ("GPU", resources(config)["num_gpus"])):
+        if config.num_replicas * each > there.get(kind, 0):
+            raise LaunchFailed(
+                f"{config.num_replicas} replicas with {each:g} {kind}s each, where Ray has {there.get(kind, 0):g}: "
+                f"say --device cpu, --num-{kind.lower()}s or --num-replicas"
+            )
 
 
 @contextmanager

@@ -185,8 +185,12 @@ class Catalog:
         """
         wanted = VariantName.parse(name)
         if wanted.alias:
-            self.store.size(_alias_key(wanted, wanted.alias))
-            self.store.delete(_alias_key(wanted, wanted.alias))
+            key = _alias_key(wanted, wanted.alias)
+            try:
+                self.store.size(key)
+            except NotFound:
+                raise NotFound(f"no alias {wanted} in {self.store.uri}") from None
+            self.store.delete(key)
             return [str(wanted)]
         keys = list(self.store.list(f"variants/{wanted.path}/"))
         alias_keys = [key for key in keys if _ALIAS_KEY.fullmatch(key)]

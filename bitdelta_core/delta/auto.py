@@ -80,6 +80,8 @@ class AutoOptions:
         for name, least in (("texts", 1), ("length", 2)):
             if getattr(self, name) < least:
                 raise InvalidRequest(f"{name} must be {least} or more, got {getattr(self, name)}", param=name)
+        if not 0 <= self.seed < 2**32:
+            raise InvalidRequest(f"seed must be 0 to 2^32 - 1, got {self.seed}", param="seed")
         if self.distill is not None:
             self.distill.check()
         if not self.calibrate and (self.distill is not None or self.min_fidelity is not None):

@@ -85,6 +85,8 @@ class Pairing:
             raise CheckpointError(
                 f"tensor {name} has {fine.shape[0]} rows, config.json says vocab_size {self.fine.config['vocab_size']}"
             )
+        if fine.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(fine)):
+            raise CheckpointError(f"tensor {name} of {self.fine.path} has a value that is not finite")
 
 
 def parameters(checkpoint: Checkpoint) -> list[str]:

@@ -55,16 +55,23 @@ def compare(base_path: Path, delta_path: Path, finetune_path: Path) -> Iterator[
     """Relative error of every parameter that the delta changes or should have changed, in name order.
 
     Raises:
-        InvalidRequest: `finetune_path` is an adapter (its factors are in the delta as they are).
+        InvalidRequest: `finetune_path` is an adapter (its factors are in the delta as they are), or has another
+            vocabulary than the delta.
+        CheckpointError: it is no fine-tune of the base.
     """
     if is_adapter(finetune_path):
         raise InvalidRequest(f"{finetune_path} is an adapter: give a full checkpoint to compare with", param="against")
     base = Checkpoint(base_path)
     pairing = Pairing(base, Checkpoint(finetune_path))
+    pairing.check()
     variant = Variant(base, open_for(base, delta_path), dtype=torch.float32)
     for name in pairing.names:
         entry = variant.delta.config.tensors.get(name)
         fine = pairing.fine_tensor(name).float()
+        if (shape := variant.spec(name)[1]) != tuple(fine.shape):
+            raise InvalidRequest(
+                f"tensor {name} of {finetune_path} is {list(fine.shape)}, the delta's is {list(shape)}", param="against"
+            )
         change = (fine - _padded(pairing.base_tensor(name), fine.shape)).norm().item()
         if entry is None and change == 0:
             continue

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from bitdelta_core.delta.config import CONFIG_FILE, DeltaConfig, FileEntry
 from bitdelta_core.delta.shards import Extent, lay_out, shard_names, split
 from bitdelta_core.delta.spec import TensorEntry
-from bitdelta_core.errors import InvalidRequest
+from bitdelta_core.errors import CheckpointError, InvalidRequest
 
 INDEX = "delta.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9
@@ -54,12 +54,18 @@ class DeltaWriter:
             self.done = self._resume() or self._start()
 
     def put(self, entry: TensorEntry, parts: Parts) -> None:
-        """Store one parameter, durably."""
+        """Store one parameter, durably.
+
+        Raises:
+            CheckpointError: a value is too large for what stores it.
+        """
         assert entry == self.entries[entry.name], f"{entry.name} is not as planned"
         specs = entry.parts()
         assert parts.keys() == specs.keys(), f"{entry.name}: {sorted(parts)} for {sorted(specs)}"
         for part, tensor in parts.items():
             assert (tensor.dtype, tuple(tensor.shape)) == specs[part], f"{entry.name}.{part}: {tensor.dtype}"
+            if tensor.is_floating_point() and tensor.numel() and not tensor.isfinite().all():
+                raise CheckpointError(f"tensor {entry.name}: its {part} is not finite; are there very large values?")
             self._write(entry.part_name(part), tensor)
         self._note(entry.name)
 
@@ -186,7 +192,9 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InvalidRequest(f"{out} cannot be written: {error.strerror or error}", param="out") from error
+        elsewhere = error.filename is not None and not str(error.filename).startswith(str(out))
+        why = f"{error.filename}: {error.strerror}" if elsewhere else error.strerror or error
+        raise InvalidRequest(f"{out} cannot be written: {why}", param="out") from error
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

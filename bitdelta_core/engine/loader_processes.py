@@ -43,6 +43,8 @@ class LoaderProcess:
         self._setup = setup
         self._numbers = itertools.count(1)
         self._known: dict[int, weakref.ref[SharedMemory]] = {}
+        self._unsure: list[int] = []
+        """Of calls that failed"""
         """By key: what it has mapped"""
         self._socket, theirs = socket.socketpair()
         with theirs:
@@ -94,6 +96,7 @@ class LoaderProcess:
         gone = tuple(key for key, known in self._known.items() if known() is None)
         for key in gone:
             del self._known[key]
+        gone, self._unsure = (*gone, *self._unsure), []
         buffer, descriptors = None, list(files)
         if memory is not None:
             buffer = Buffer(key=memory.key, nbytes=memory.nbytes, is_new=memory.key not in self._known)
@@ -107,7 +110,8 @@ class LoaderProcess:
         answer: Answer = received.value
         assert answer.number == number, "an answer to another request"
         if answer.error is not None and buffer is not None and buffer.is_new:
-            del self._known[buffer.key]  # it may not have mapped it
+            del self._known[buffer.key]  # it may not have mapped it,
+            self._unsure.append(buffer.key)  # and if it has, nobody else would tell it to let go
         return answer
 
 

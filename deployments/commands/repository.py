@@ -46,7 +46,7 @@ def push(
             f"{directory} has no delta_config.json; push takes a directory that `bitdelta compress` wrote"
         )
     catalog = _catalog(repo)
-    if alias:
+    if alias is not None:
         _check_alias(name, alias)
     config = open_delta(directory).config
     with _progress(f"push {name}") as report:
@@ -59,7 +59,7 @@ def push(
             expected_sha256={path: entry.sha256 for path, entry in config.files.items()},
             on_progress=report,
         )
-    if alias:
+    if alias is not None:
         catalog.set_alias(manifest.model_id, alias)
     print(manifest.model_id)
 
@@ -124,7 +124,9 @@ def rm(
 
 def gc(
     repo: Repo = None,
-    grace_hours: Annotated[float, typer.Option(help="Keep what is younger: it may belong to a push under way.")] = 24.0,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Keep what is younger: it may belong to a push under way.")
+    ] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
     """Delete files that no version refers to."""

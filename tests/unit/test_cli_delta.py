@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.format import open_delta
-from bitdelta_core.errors import BitDeltaError, InvalidRequest
+from bitdelta_core.errors import BitDeltaError, CheckpointError, InvalidRequest
 from deployments import cli
 from deployments.cli import app
 from tests.tiny import make_base, make_finetune
@@ -162,3 +164,63 @@ def test_compress_with_dropout_and_with_a_budget(base: Path, fine: Path, tmp_pat
 def test_flags_of_other_codecs_are_refused(base: Path, fine: Path, tmp_path: Path, words: tuple, named: str) -> None:
     assert isinstance(error := refusal("compress", base, fine, tmp_path / "d", *words), InvalidRequest)
     assert named in str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"])
+@pytest.mark.parametrize("codec", ["bitdelta", "auto"])
+def test_a_fine_tune_that_is_not_finite_is_refused(
+    base: Path, fine: Path, tmp_path: Path, name: str, value: float, codec: str
+) -> None:
+    broken = copytree(fine, tmp_path / "broken")
+    change(broken, name, value)
+    words = ["--bits", 1.0] if codec == "auto" else ["--no-distill"]
+    error = refusal("compress", base, broken, tmp_path / "out", "--codec", codec, *words)
+    assert isinstance(error, CheckpointError)
+    assert f"tensor {name} of {broken} has a value that is not finite" in str(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_no_scale_holds_are_refused(base: Path, fine: Path, tmp_path: Path) -> None:
+    """A row's scale has 16 bits."""
+    broken = copytree(fine, tmp_path / "broken")
+    change(broken, "model.layers.0.self_attn.q_proj.weight", 3e38)
+    error = refusal("compress", base, broken, tmp_path / "out", "--no-distill")
+    assert "q_proj.weight: its" in str(error)
+    assert "not finite" in str(error)
+
+
+def change(checkpoint: Path, name: str, value: float) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][5, 3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_verify_against_another_vocabulary(base: Path, delta: Path) -> None:
+    error = refusal("verify", base, delta, "--against", base)
+    assert isinstance(error, InvalidRequest)
+    assert "is [258, 48], the delta's is [259, 48]" in str(error)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_seeds_of_auto_are_checked(base: Path, fine: Path, tmp_path: Path, seed: int) -> None:
+    assert "seed must be" in str(
+        refusal("compress", base, fine, tmp_path / "o", "--codec", "auto", "--bits", 1, "--seed", seed)
+    )
+
+
+def test_a_path_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def denied() -> None:
+        raise PermissionError(13, "Permission denied", "/secret/base")
+
+    monkeypatch.setattr(cli, "app", denied)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "bitdelta: /secret/base: Permission denied\n"
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999999])
+def test_ports_that_do_not_exist(base: Path, port: int) -> None:
+    assert run("serve", "--base", base, "--port", port).exit_code == 2

@@ -250,6 +250,17 @@ def test_a_buffer_that_could_not_be_mapped_is_sent_again(place: Place, monkeypat
     processes.close()
 
 
+def test_memory_of_a_call_that_failed_goes_in_both_processes(place: Place, processes: LoaderProcesses) -> None:
+    processes.call("touch", memory=SharedMemory(SMALLEST))
+    pid = processes._processes[0].pid
+    before = memories(pid)
+    for _ in range(3):
+        with pytest.raises(TypeError):
+            processes.call("touch", memory=SharedMemory(SMALLEST), unheard_of=True)
+    processes.call("touch", memory=SharedMemory(SMALLEST))
+    assert memories(pid) == before
+
+
 @pytest.mark.usefixtures("threaded")
 def test_closing_ends_whoever_waits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, gate, errors = threading.Event(), threading.Event(), []
