@@ -15,7 +15,7 @@ def serve(
     base: Annotated[Path | None, typer.Option(help="Directory of the base checkpoint.")] = None,
     repo: Annotated[str | None, typer.Option(help="Repository: a path, file:// or s3://bucket/prefix.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the base.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Ask clients for this key; may be repeated.")] = None,
     direct_streaming: Annotated[

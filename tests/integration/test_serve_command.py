@@ -97,6 +97,20 @@ def served(models: Models, tmp_path: Path, *options: str) -> Iterator[Command]:
             server.kill()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num-cpus", "4096"], "1 replicas with 4096 CPUs each, where Ray has"),
+        (["--device", "cuda", "--num-gpus", "99"], "1 replicas with 99 GPUs each, where Ray has"),
+    ],
+)
+def test_replicas_that_fit_nowhere_are_refused(tmp_path: Path, options: list[str], said: str) -> None:
+    """Ray would wait for ever, and say nothing."""
+    found = run(["--base", str(make_base(tmp_path / "base")), "--port", "0", *options], tmp_path)
+    assert found.returncode == 1
+    assert said in found.stderr
+
+
 def test_it_serves_and_ctrl_c_ends_it(tmp_path: Path) -> None:
     with served(Models(tmp_path), tmp_path) as command:
         assert f"curl {command.url}/v1/completions" in command.output.read_text()
