@@ -40,8 +40,8 @@ MOST_ROWS = 64
 """Of the base"""
 _STEPS = 3
 """Blocks of 256 columns of which a warp keeps the planes"""
-_GROUP, _GROUP_OF_PARTS = 4, 2
-"""Places of signs to an item, at most, and where K is done in parts: there four take more registers than there are"""
+_GROUP, _GROUP_OF_MANY = 4, 2
+"""Places of signs to an item, at most, and where four would take more registers than there are"""
 _SHARED_BYTES = 218 * 1024
 """Leaves room for a program of the norm, see `gluon_ring`"""
 _AHEAD = gl.constexpr(4)
@@ -346,7 +346,8 @@ def several_rows(
     parts = triton.cdiv(blocks, WARPS * _STEPS)
     each = triton.cdiv(blocks, parts)
     spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, _STEPS)))
-    steps, group = triton.cdiv(each, spread), min(_GROUP if parts == 1 else _GROUP_OF_PARTS, spread)
+    steps = triton.cdiv(each, spread)
+    group = min(_GROUP if base and parts == 1 and steps < _STEPS else _GROUP_OF_MANY, spread)
     columns = max(16, triton.next_power_of_2(rows)) if base else 16
     places = 5 if columns <= 32 else 4
     room = _SHARED_BYTES - WARPS * 512 * group - base * (places * 128 + _AHEAD.value * columns) * 128
@@ -357,7 +358,7 @@ def several_rows(
         out.base_STN, *triton_parts.table_arguments(deltas, target), segments_G4, *planes, out.delta_TN,
         rows, target.outputs, width, *first_tiles, PROGRAMS=programs, SHARING=sharing, K=target.inputs,
         SPLIT=out.base_STN.shape[0], BT=columns, PARTS=parts, STEPS=steps, SPREAD=spread, TILES=WARPS // spread,
-        GROUP=group, GROUPS=min(4, room // (WARPS * 512 * steps * group)), PLACES=places,
+        GROUP=group, GROUPS=min(8, room // (WARPS * 512 * steps * group)), PLACES=places,
         MEMBERS=len(target.members) if kinds.columns else 1, PDL=pdl, num_warps=WARPS, maxnreg=_REGISTERS[base],
         **launches.options(pdl),
     )  # fmt: skip

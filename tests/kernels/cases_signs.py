@@ -44,6 +44,7 @@ CASES = [
     Case("linear ring 12288x4096 T16 columns", lambda: ring(QKV, 16, replace(SINGLE, columns=True)), RING, (90,)),
     Case("linear stream 4096x11008 T64", lambda: ring(DOWN, 64, SINGLE), BMMA, (90,)),
     Case("linear rows 12288x4096 T64", lambda: ring(QKV, 64, SIGNS), RING, (90,)),
+    Case("linear rows 4096x5120 T256", lambda: ring(Target(1, 4096, 5120), 256, SIGNS), ROWS, (90,)),
     Case("linear rows 4096x14336 T256", lambda: ring(Target(1, 4096, 14336), 256, SIGNS), ROWS, (90,)),
     Case("linear rows 4096x11008 T16 columns", lambda: ring(DOWN, 16, replace(SIGNS, columns=True)), RING, (90,)),
     Case("linear flat 12288x4096 T1", lambda: linear(QKV, 1, SIGNS), FLAT),
