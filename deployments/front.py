@@ -165,7 +165,9 @@ ROUTES = (
     ("POST", "/tokenize", Front.post_tokenize),
     ("POST", "/detokenize", Front.post_detokenize),
     ("GET", "/health", Front.get_health),
+    ("HEAD", "/health", Front.get_health),
     ("GET", "/ping", Front.get_health),
+    ("HEAD", "/ping", Front.get_health),
     ("GET", "/metrics", Front.get_metrics),
     ("GET", "/version", Front.get_version),
 )

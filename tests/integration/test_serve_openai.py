@@ -225,6 +225,11 @@ def test_request_ids_and_version(server: Server) -> None:
         assert http.get("/version").headers["x-request-id"] != "mine-1"
 
 
+def test_load_balancers_may_ask_without_wanting_a_body(server: Server) -> None:
+    with server.http() as http:
+        assert [http.head(path).status_code for path in ("/health", "/ping")] == [200, 200]
+
+
 def test_stream_frames_on_the_wire(server: Server) -> None:
     with server.http() as http:
         answer = http.post("/v1/completions", json={"prompt": "Hello", "stream": True, **GREEDY})

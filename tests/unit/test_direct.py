@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deployments.direct import Picker
-from storage import NotFound
+from storage import NotFound, VariantName
 
 
 def picker() -> Any:
@@ -18,7 +18,7 @@ def picker() -> Any:
         return None
 
     async def target(model: str, info: None, owners: Any) -> Any:
-        if model != "acme/known":
+        if str(VariantName.parse(model)) != "acme/known":
             raise NotFound(model)
         return SimpleNamespace(delta="0" * 64)
 

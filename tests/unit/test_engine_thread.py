@@ -220,7 +220,7 @@ def test_a_crash_holds_no_memory() -> None:
     world = World()
     core, given = weakref.ref(world.core), [world.core]
     thread = EngineThread(lambda wake: given.pop(), capacity=2)
-    world.core.step = lambda: 1 / 0  # pyright: ignore[reportAttributeAccessIssue]
+    world.core.residency.advance = lambda: 1 / 0  # pyright: ignore[reportAttributeAccessIssue]
     del world
     thread._wake.set()
     thread._thread.join(10)
