@@ -51,7 +51,7 @@ COLD_THREADS = 32
 METRICS_PERIOD_S = 1.0
 CACHE_PATIENCE_S, CACHE_POLL_S = 20.0, 0.05
 WHOLE_ANSWER_BATCH = 512
-"""Events per message of an answer that is not streamed: far below gRPC's limit of 4 MiB."""
+"""Events per message of an answer that is not streamed: far below what may pass at once (`app.RUNTIME_ENV`)."""
 logger = logging.getLogger(__name__)
 
 
