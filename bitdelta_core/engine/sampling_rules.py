@@ -17,7 +17,7 @@ MAX_ID = 2**31 - 1
 """Of what becomes an element of a tensor."""
 MAX_STOPS = 64
 MIN_REPETITION = 0.01
-"""Below that its inverse is no number in 32 bits some time, and nothing but repetition long before."""
+"""Far below it the inverse is beyond 32-bit floats."""
 MAX_STOP_CHARACTERS = 1024
 
 

@@ -126,7 +126,7 @@ def _sums(planes, items, slot, zeros, STEPS: gl.constexpr):
                 is_pure=False, pack=4,
             )  # fmt: skip
             low, high = low[1:] + (lower,), high[1:] + (higher,)
-    # One half by shifts, the other by products: these are different pipes.
+    # Shifts and products were meant for different pipes; the assembler of 3.6 makes products of most of them.
     found, upper = low[7], high[0]
     for p in gl.static_range(7):
         found = (found << 1) + low[6 - p]
