@@ -34,7 +34,7 @@ from kernels.device import Target
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-MANY = ((64, 1), (64, 4), (64, 8), (64, 16), (256, 8), (256, 64))
+MANY = ((64, 8), (64, 1), (64, 4), (64, 16), (32, 8), (16, 4), (256, 8), (256, 64))
 """(rows, variants)"""
 
 
@@ -81,7 +81,7 @@ def linear(session: Session, name: str, shape: Shape) -> None:
 
 def rows(session: Session, name: str, shape: Shape) -> None:
     """Many rows of few variants, and other layouts of signs."""
-    for op, target in _targets(shape, ("qkv", "gate_up")):
+    for op, target in _targets(shape):
         weights = weights_of(target, session.dtype)
         made = pool_of(target, Parts(planes=1), 64, session.dtype)
         for count, variants in ((4, 2),) if session.dry else MANY:
