@@ -157,8 +157,9 @@ def _check_room(config: AppConfig) -> None:
     """Refuse what a Ray of our own, which does not grow, would wait for without end."""
     from deployments.app import resources
 
-    there = ray.cluster_resources()
-    for kind, each in (("CPU", resources(config)["num_cpus"]), ("GPU", resources(config)["num_gpus"])):
+    wanted, there = resources(config), ray.cluster_resources()
+    for kind in ("CPU", "GPU"):
+        each = wanted[f"num_{kind.lower()}s"]
         if config.num_replicas * each > there.get(kind, 0):
             raise LaunchFailed(
                 f"{config.num_replicas} replicas with {each:g} {kind}s each, where Ray has {there.get(kind, 0):g}: "

@@ -62,17 +62,6 @@ def _produce(
 
 
 @gluon.jit
-def _produce_rows(
-    x_desc, x_tiles, full, empty, width, SHARING: gl.constexpr, K: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr
-):
-    if PDL:
-        gdc_wait()
-    program = gl.program_id(0)
-    if program < SHARING:
-        produce_rows(x_desc, x_tiles, full, empty, program, width, SHARING, K, AHEAD)
-
-
-@gluon.jit
 def _consume(
     SLAB, TABLE, table_stride, SEGMENTS, WORDS, XSCALE, XSUM, words_stride, scale_stride, BASE, DELTA, tiles, items,
     x_tiles, full, empty, x_full, x_empty, T, N, width, M1, M2,
@@ -92,24 +81,9 @@ def _consume(
         )  # fmt: skip
     if program < SHARING:
         consume_base(
-            BASE,
-            tiles,
-            x_tiles,
-            full,
-            empty,
-            x_full,
-            x_empty,
-            place,
-            program,
-            T,
-            width,
-            SHARING,
-            K,
-            SPLIT,
-            BT,
-            AHEAD,
+            BASE, tiles, x_tiles, full, empty, x_full, x_empty, place, program, T, width, SHARING, K, SPLIT, BT, AHEAD,
             PLACES,
-        )
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -153,7 +127,7 @@ def ring_kernel(
                 (w_desc, SLAB, TABLE, table_stride, SEGMENTS, tiles, items, full, empty, N, width, M1, M2, PROGRAMS,
                  SHARING, K, TILES, SPREAD, MEMBERS, HAS_SIGNS),
             ),
-            (_produce_rows, (x_desc, x_tiles, x_full, x_empty, width, SHARING, K, AHEAD, PDL)),
+            (produce_rows, (x_desc, x_tiles, x_full, x_empty, width, SHARING, K, AHEAD, PDL)),
         ],
         [1, 1],
         [40, 24],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
 
 from kernels.delta_linear.gluon_parts import ARRIVALS, await_room, load_box, slot_of
 from kernels.delta_linear.triton_share import program_of, range_of
@@ -35,16 +36,22 @@ def produce_base(
 
 @gluon.jit
 def produce_rows(
-    x_desc, x_tiles, full, empty, program, width, PROGRAMS: gl.constexpr, K: gl.constexpr, AHEAD: gl.constexpr
-):
-    """The rows that those are multiplied with, 64 inputs at a time, in a ring of their own of AHEAD places."""
+    x_desc, x_tiles, full, empty, width,
+    PROGRAMS: gl.constexpr, K: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The rows that those are multiplied with, 64 inputs at a time, in a ring of their own of AHEAD places. A warp's
+    whole work: it waits for the kernel that makes them."""
     STEPS: gl.constexpr = (K + 127) // 128
-    lo, hi = range_of(program, PROGRAMS, (width + 63) // 64 * STEPS)
-    for place in range(2 * (hi - lo)):
-        slot = place % AHEAD
-        mbarrier.wait(empty.index(slot), place // AHEAD & 1 ^ 1)
-        mbarrier.expect(full.index(slot), x_desc.block_type.nbytes)
-        load_box(x_desc, [0, (lo + place // 2) % STEPS * 128 + place % 2 * 64], full.index(slot), x_tiles.index(slot))
+    if PDL:
+        gdc_wait()
+    program = gl.program_id(0)
+    if program < PROGRAMS:
+        lo, hi = range_of(program, PROGRAMS, (width + 63) // 64 * STEPS)
+        for place in range(2 * (hi - lo)):
+            slot, k = place % AHEAD, (lo + place // 2) % STEPS * 128 + place % 2 * 64
+            mbarrier.wait(empty.index(slot), place // AHEAD & 1 ^ 1)
+            mbarrier.expect(full.index(slot), x_desc.block_type.nbytes)
+            load_box(x_desc, [0, k], full.index(slot), x_tiles.index(slot))
 
 
 @gluon.jit

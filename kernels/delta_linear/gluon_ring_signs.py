@@ -12,14 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from kernels.delta_linear import triton_signs
-from kernels.delta_linear.gluon_parts import (
-    ARRIVALS,
-    await_room,
-    copy,
-    piece,
-    segment,
-    slot_of,
-)
+from kernels.delta_linear.gluon_parts import ARRIVALS, await_room, copy, piece, segment, slot_of
 from kernels.delta_linear.triton_parts import COL, SCALE, SIGN, has, part
 from kernels.delta_linear.triton_share import range_of
 
@@ -145,11 +138,8 @@ def consume_signs(
     for g in range(lo // tiles, (hi + tiles - 1) // tiles):
         at, row, outputs = segment(TABLE, table_stride, SEGMENTS, g, base_outputs)
         tile, end = gl.maximum(lo - g * tiles, 0), gl.minimum(hi - g * tiles, tiles)
-        signed, SCALES, to = (
-            (outputs + 15) // 16,
-            part(SLAB, TABLE, at, SCALE, gl.float32),
-            OUT + row.to(gl.int64) * width,
-        )
+        signed, SCALES = (outputs + 15) // 16, part(SLAB, TABLE, at, SCALE, gl.float32)
+        to = OUT + row.to(gl.int64) * width
         for member in range(MEMBERS):
             first, last = piece(member, tile, gl.minimum(end, signed), M1, M2, tiles, MEMBERS)
             if first < last:
@@ -157,10 +147,8 @@ def consume_signs(
                 if MEMBERS > 1:
                     columns = gl.where(has(TABLE, at, COL), member, 0)
                 planes = _load_planes(PLANE_WORDS + columns * words_stride, row, e, zeros, KB, SPREAD)
-                x_scale, x_sum = (
-                    gl.load(XSCALE + columns * scale_stride + row),
-                    gl.load(XSUM + columns * scale_stride + row),
-                )
+                x_at = columns * scale_stride + row
+                x_scale, x_sum = gl.load(XSCALE + x_at), gl.load(XSUM + x_at)
                 for this in range(first, last, TILES):
                     _consume_item(
                         planes, x_scale, x_sum, SCALES, to, items, full, empty, place, this * 16 + within, outputs,

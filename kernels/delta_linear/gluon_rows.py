@@ -126,12 +126,10 @@ def _sums(planes, items, slot, zeros, STEPS: gl.constexpr):
                 is_pure=False, pack=4,
             )  # fmt: skip
             low, high = low[1:] + (lower,), high[1:] + (higher,)
-    # Shifts and products were meant for different pipes; the assembler of 3.6 makes products of most of them.
-    found, upper = low[7], high[0]
-    for p in gl.static_range(7):
-        found = (found << 1) + low[6 - p]
-        upper += high[p + 1] * (2 << p if p < 6 else -128)
-    return found + upper * 256
+    found = zeros
+    for p in gl.static_range(8):
+        found += low[p] * (1 << p) + high[p] * (256 << p if p < 7 else -32768)
+    return found
 
 
 @gluon.jit
@@ -222,15 +220,6 @@ def _produce_base(w_desc, tiles, full, empty, width, SHARING: gl.constexpr, K: g
 
 
 @gluon.jit
-def _produce_rows(x_desc, x_tiles, full, empty, width, SHARING: gl.constexpr, K: gl.constexpr, PDL: gl.constexpr):
-    program = gl.program_id(0)
-    if PDL:
-        gdc_wait()
-    if program < SHARING:
-        produce_rows(x_desc, x_tiles, full, empty, program, width, SHARING, K, _AHEAD)
-
-
-@gluon.jit
 def _consume_base(
     BASE, tiles, x_tiles, full, empty, x_full, x_empty, T, width,
     SHARING: gl.constexpr, K: gl.constexpr, SPLIT: gl.constexpr, BT: gl.constexpr, PLACES: gl.constexpr,
@@ -277,7 +266,7 @@ def rows_kernel(
         mbarrier.init(full.index(i), count=ARRIVALS)
     for i in gl.static_range(GROUPS):
         mbarrier.init(empty.index(i), count=1)
-    if SHARING == 0:
+    if SHARING == 0:  # arguments are written out twice: what a variable holds is no constant any more
         gl.warp_specialize(
             [
                 (
@@ -327,7 +316,7 @@ def rows_kernel(
                      STEPS, SPREAD, TILES, GROUP, GROUPS, MEMBERS),
                 ),
                 (_produce_base, (w_desc, tiles, w_full, w_empty, width, SHARING, K, PLACES)),
-                (_produce_rows, (x_desc, x_tiles, x_full, x_empty, width, SHARING, K, PDL)),
+                (produce_rows, (x_desc, x_tiles, x_full, x_empty, width, SHARING, K, _AHEAD, PDL)),
             ],
             [4, 1, 1, 1],
             [80, 32, 24, 24],
