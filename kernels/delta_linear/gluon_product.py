@@ -2,8 +2,10 @@
 
 Three groups of warps, which meet only at barriers in shared memory: one warp copies tiles of W and x there (bulk tensor
 copies), two groups of four warps each own 64 of a tile's 128 outputs. Such a group takes its weights into registers as
-tensor cores want them, adds the signs, and multiplies. The two take turns, so that one adds while tensor cores work for
-the other. Programs stay and go on to further tiles, so that copies for the next tile run while the last one is written.
+tensor cores want them, adds the signs, and multiplies. The two take turns, and each makes the weights of its next step
+while tensor cores work on this one: every other step in other registers, and done before it waits for anything, or the
+assembler would put the additions behind the wait. Programs stay and go on to further tiles, so that copies for the next
+tile run while the last one is written.
 
 A thread has of a row of 64 weights the columns 8 j + 2 q and 8 j + 2 q + 1 (q its place among four). So of each word of
 signs it needs two neighbouring bits in every byte: two shifts bring them to the tops of bytes, one byte permutation per
@@ -53,10 +55,48 @@ add.rn.f16x2 $0, $1, t; }""")
 
 
 @gluon.jit
-def _words(SIGNS, row, k0, valid):
+def _words(SIGNS, row, k0, K: gl.constexpr, valid):
     """The two words of signs of each row from column k0 on."""
+    valid = valid & (row * 0 + k0 < K)
     at = SIGNS + row + k0 // 256 * 128 + k0 // 128 % 2 * 2 + k0 // 32 % 4 * 4
     return gl.load(at, mask=valid, other=0), gl.load(at + 4, mask=valid, other=0)
+
+
+@gluon.jit
+def _weights(
+    w_tiles, full, step, words, column, byte, negated, GROUP: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr
+):
+    """The weights of a step, in registers as tensor cores want them, and what the signs of its 64 columns add."""
+    zeros = gl.zeros_like(byte)
+    word = gl.where(column < 32, words[0][:, None] + zeros, words[1][:, None] + zeros)
+    upper = word << (7 - column % 8 // 2 * 2)
+    lower = word << (6 - column % 8 // 2 * 2)
+    mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+    w = w_tiles.index(2 * (step % STAGES) + GROUP).load(negated.type.layout)
+    return gl.inline_asm_elementwise(
+        ADD, "=r,r,r,r,r,r,r,r,r", [w, upper, lower, byte, negated], dtype=w.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _begin(w, x_tiles, turns, step, total, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """The product of a step, after which it is the other group's turn. Until it is done, w's registers are its own."""
+    total = warpgroup_mma(w, x_tiles.index(step % STAGES).permute((1, 0)), total, is_async=True)
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+    return total
+
+
+@gluon.jit
+def _await_turn(turns, step, GROUP: gl.constexpr):
+    mbarrier.wait(turns.index(GROUP), step & 1 ^ 1 - GROUP)
+
+
+@gluon.jit
+def _end(total, empty, step, STAGES: gl.constexpr):
+    """Wait for the product of a step, and give the place of its tiles back."""
+    total = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(total,)))
+    mbarrier.arrive(empty.index(step % STAGES), count=1)
+    return total
 
 
 @gluon.jit
@@ -89,8 +129,7 @@ def _consume(
     out_layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     ADD: gl.constexpr = _ADD_BF16 if dtype == gl.bfloat16 else _ADD_FP16
     column = gl.arange(0, 64, gl.SliceLayout(0, w_layout))[None, :]
-    byte = gl.convert_layout(column // 8 % 4 * 0x1010 + 0x4000, w_layout)
-    zeros = gl.zeros([64, 64], gl.int32, w_layout)
+    byte = gl.convert_layout(column // 8 % 4 * 0x1010 + 0x4000, w_layout) + gl.zeros([64, 64], gl.int32, w_layout)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         entry = gl.load(TILES + tile % row_tiles * 4)
@@ -105,27 +144,32 @@ def _consume(
         valid = (n < N) & (n * 0 < planes)
         negated = (-gl.load(scales + n, mask=valid, other=0.0)).to(dtype)[:, None] + gl.zeros([64, 64], dtype, w_layout)
         fragment = (n // 16 * ((K + 255) // 256)).to(gl.int64) * 128 + n % 8 * 16 + n % 16 // 8
-        first, second = _words(signs, fragment, 0, valid)
+        one = _words(signs, fragment, 0, K, valid)
+        other = _words(signs, fragment, 64, K, valid)
         total = warpgroup_mma_init(gl.zeros([64, BT], gl.float32, total_layout))
-        for k0 in range(0, K, 64):
-            stage = step % STAGES
-            following, after = _words(signs, fragment, k0 + 64, valid & (n * 0 + k0 + 64 < K))
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
-            w = w_tiles.index(2 * stage + GROUP).load(w_layout)
-            word = gl.where(column < 32, first[:, None] + zeros, second[:, None] + zeros)
-            upper = word << (7 - column % 8 // 2 * 2)
-            lower = word << (6 - column % 8 // 2 * 2)
-            w = gl.inline_asm_elementwise(
-                ADD, "=r,r,r,r,r,r,r,r,r", [w, upper, lower, byte + zeros, negated], dtype=w.dtype, is_pure=True, pack=2
-            )  # fmt: skip
-            mbarrier.wait(turns.index(GROUP), step & 1 ^ 1 - GROUP)
-            total = warpgroup_mma(w, x_tiles.index(stage).permute((1, 0)), total, is_async=True)
-            mbarrier.arrive(turns.index(1 - GROUP), count=1)
-            # The weights' registers are the product's until it is done.
-            total = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(total,)))
-            mbarrier.arrive(empty.index(stage), count=1)
-            first, second = following, after
+        even = _weights(w_tiles, full, step, one, column, byte, negated, GROUP, STAGES, ADD)
+        _await_turn(turns, step, GROUP)
+        for k0 in range(0, (K - 64) // 128 * 128, 128):
+            total = _begin(even, x_tiles, turns, step, total, GROUP, STAGES)
+            one = _words(signs, fragment, k0 + 128, K, valid)
+            odd = _weights(w_tiles, full, step + 1, other, column, byte, negated, GROUP, STAGES, ADD)
+            _await_turn(turns, step + 1, GROUP)
+            total = _end(total, empty, step, STAGES)
+            total = _begin(odd, x_tiles, turns, step + 1, total, GROUP, STAGES)
+            other = _words(signs, fragment, k0 + 192, K, valid)
+            even = _weights(w_tiles, full, step + 2, one, column, byte, negated, GROUP, STAGES, ADD)
+            _await_turn(turns, step + 2, GROUP)
+            total = _end(total, empty, step + 1, STAGES)
+            step += 2
+        total = _begin(even, x_tiles, turns, step, total, GROUP, STAGES)
+        if K % 128 == 0:
+            odd = _weights(w_tiles, full, step + 1, other, column, byte, negated, GROUP, STAGES, ADD)
+            _await_turn(turns, step + 1, GROUP)
+            total = _end(total, empty, step, STAGES)
             step += 1
+            total = _begin(odd, x_tiles, turns, step, total, GROUP, STAGES)
+        total = _end(total, empty, step, STAGES)
+        step += 1
         y = gl.convert_layout(warpgroup_mma_wait(0, deps=(total,)).to(dtype), out_layout)
         out_n = n0 + gl.arange(0, 64, gl.SliceLayout(1, out_layout))
         t = start + gl.arange(0, BT, gl.SliceLayout(0, out_layout))

@@ -65,8 +65,8 @@ Rows = tuple[int, int, int]
 MERGE_ROWS = 384
 """Rows from which writing W + D (4.1 bytes a weight) costs less than multiplying x with D too."""
 SPECIALISED_ROWS = 256
-"""Rows from which that is faster than fused, where a chip and deltas allow it: on an H200 1.16 times the base product
-against 1.9 at 2048 rows, 1.2 to 1.5 against 2.0 to 2.3 at 512, 2.7 against 2.5 at 128"""
+"""Rows from which that is faster than fused, where a chip and deltas allow it: on an H200 1.1 times the base product
+against 1.9 at 2048 rows, 1.2 to 1.4 against 2.0 to 2.4 at 512, 2.7 against 2.6 at 128"""
 SLICE_BYTES = 2**28
 """Of W + D at a time, where nothing was measured: all of it. Less is still cached when it is multiplied with, but
 products of fewer outputs fill a GPU less well."""
