@@ -38,10 +38,10 @@ from kernels.device import DeviceDeltas, Kinds, Partials, Target
 WARPS = 8
 MOST_ROWS = 64
 """Of the base"""
-_STEPS = 3
-"""Blocks of 256 columns of which a warp keeps the planes"""
+_STEPS = {True: 3, False: 4}
+"""With the base or without: blocks of 256 columns of which a warp keeps the planes"""
 _GROUP, _GROUP_OF_MANY = 4, 2
-"""Places of signs to an item, at most, and where four would take more registers than there are"""
+"""Places of signs to an item, at most, and where four would take more registers than the base leaves"""
 _SHARED_BYTES = 218 * 1024
 """Leaves room for a program of the norm, see `gluon_ring`"""
 _AHEAD = gl.constexpr(4)
@@ -332,11 +332,11 @@ def several_rows(
     rows, blocks, width = x_TK.shape[0], target.tiles[1], out.base_STN.shape[2]
     assert sharing == 0 or rows <= MOST_ROWS, f"{rows} rows of the base"
     base, pdl = sharing > 0, launches.early(x_TK)
-    parts = triton.cdiv(blocks, WARPS * _STEPS)
+    parts = triton.cdiv(blocks, WARPS * _STEPS[base])
     each = triton.cdiv(blocks, parts)
-    spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, _STEPS)))
+    spread = min(WARPS, triton.next_power_of_2(triton.cdiv(each, _STEPS[base])))
     steps = triton.cdiv(each, spread)
-    group = min(_GROUP if base and parts == 1 and steps < _STEPS else _GROUP_OF_MANY, spread)
+    group = min(_GROUP_OF_MANY if base and (parts > 1 or steps == _STEPS[base]) else _GROUP, spread)
     columns = max(16, triton.next_power_of_2(rows)) if base else 16
     places = 5 if columns <= 32 else 4
     room = _SHARED_BYTES - WARPS * 512 * group - base * (places * 128 + _AHEAD.value * columns) * 128
