@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from bitdelta_core.delta import entropy, feedback
+from bitdelta_core.delta.moments import Metric
 from bitdelta_core.delta.spectral import STEPS_PER_OCTAVE, Coded, component_scales
 
 RIDGE = 0.2
@@ -27,34 +28,13 @@ _TOGETHER = {"cuda": 1 << 28, "cpu": 1 << 24}
 """Values that are rounded together."""
 _LARGEST = 8192
 """Side of which errors are weighed by more than their mean while rounding: the factors of larger ones fill disks."""
+_DOUBLED = 1 << 27
+"""Values; the heads of large vocabularies have more, of which several copies in float64 fill a machine."""
 _LEAST_KEPT = 0.05
 _OVERHEAD_BITS = 24
 """Of a component: its exponent and two spreads."""
 _MATRIX_BITS = 8 * 40
 """Of a matrix: scale, flush, rounding up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """What an error costs along one side: a second moment [M, M], its diagonal [M], or None where all weigh alike."""
-
-    moment: torch.Tensor | None = None
-
-    def factor(self, size: int, like: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """(L, mean weight) with L L^T the moment, its ridge included: lower triangular [M, M], or a diagonal [M]."""
-        if self.moment is None:
-            return torch.ones(size, dtype=like.dtype, device=like.device), 1.0
-        moment = self.moment.to(like.device, like.dtype)
-        if moment.ndim == 1:
-            weight = moment + moment.mean().clamp_min(1e-30)  # rare rows may not be rare in the task: a full mean
-            return weight.sqrt(), weight.mean().item()
-        mean = moment.diagonal().mean().clamp_min(1e-30)
-        moment = moment / mean  # gradients may be so small that their squares are near the least float32
-        moment.diagonal().add_(RIDGE)
-        factor, failed = torch.linalg.cholesky_ex(moment)
-        if failed.any():
-            factor = torch.linalg.cholesky(moment.double()).to(like.dtype)
-        return factor * mean.sqrt(), (mean * (1 + RIDGE)).item()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +55,12 @@ class Spectrum:
 
 
 def decompose(difference: torch.Tensor, inputs: Metric, outputs: Metric, rank: int) -> Spectrum:
-    """The first `rank` components of fp32 [N, K]: in float64 on a CPU, in float32 on a GPU, and on its device."""
+    """The first `rank` components of fp32 [N, K]: in float64 on a CPU unless it is very large, in float32 on a GPU, and
+    on its device."""
     rows, columns = difference.shape
-    exact = difference if difference.is_cuda else difference.double()
-    factor_n, weight_n = outputs.factor(rows, exact)
-    factor_k, weight_k = inputs.factor(columns, exact)
+    exact = difference if difference.is_cuda or difference.numel() > _DOUBLED else difference.double()
+    factor_n, weight_n = _factor(outputs, rows, exact)
+    factor_k, weight_k = _factor(inputs, columns, exact)
     weighted = _weighed(factor_n, _weighed(factor_k, exact.T).T)
     u, s, v = _svd(weighted, min(rank, rows, columns))
     balance = s.sqrt()
@@ -270,6 +251,23 @@ def _halved(factor: torch.Tensor, metric: Metric) -> torch.Tensor | None:
     if metric.moment is None or factor.ndim == 1 or len(factor) > _LARGEST:
         return None
     return (factor / factor.square().sum(1).mean().sqrt()).half()
+
+
+def _factor(metric: Metric, size: int, like: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(L, mean weight) with L L^T the moment, its ridge included: lower triangular [M, M], or a diagonal [M]."""
+    if metric.moment is None:
+        return torch.ones(size, dtype=like.dtype, device=like.device), 1.0
+    moment = metric.moment.to(like.device, like.dtype)
+    if moment.ndim == 1:
+        weight = moment + moment.mean().clamp_min(1e-30)  # rare rows may not be rare in the task: a full mean
+        return weight.sqrt(), weight.mean().item()
+    mean = moment.diagonal().mean().clamp_min(1e-30)
+    moment = moment / mean  # gradients may be so small that their squares are near the least float32
+    moment.diagonal().add_(RIDGE)
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    if failed.any():
+        factor = torch.linalg.cholesky(moment.double()).to(like.dtype)
+    return factor * mean.sqrt(), (mean * (1 + RIDGE)).item()
 
 
 def _weighed(factor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

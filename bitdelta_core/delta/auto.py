@@ -3,9 +3,10 @@
 Every changed matrix, embedding and head included, is decomposed where errors weigh what they cost (`sensitivity.py`,
 `allocation.py`), and one budget is spread over all of them: what matters little gets no bytes at all. Vectors stay
 whole, and embeddings of which few rows changed are stored as those rows. The factors can be trained (`refine.py`).
-Memory: one matrix at a time, but calibration holds the model, choosing scales holds it twice where there is room, and
-so does training (and 16 bytes for each value that it trains); OUT.stage holds the decompositions until the delta is
-done. On a GPU all of it but reading and writing happens there. docs/fidelity.md has what this rests on.
+Memory: one matrix at a time, but calibration holds the model where there is room (else a layer: `streaming.py`),
+choosing scales holds it twice where there is room, and so does training (and 16 bytes for each value that it trains);
+OUT.stage holds the decompositions until the delta is done. On a GPU all of it but reading and writing happens there.
+docs/fidelity.md has what this rests on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import allocation, sensitivity, spectral
-from bitdelta_core.delta.allocation import Fit, Metric, Spectrum
+from bitdelta_core.delta.allocation import Fit, Spectrum
 from bitdelta_core.delta.budget import Budget, Plan
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.codecs import encode
@@ -31,11 +32,13 @@ from bitdelta_core.delta.device import chosen_device, free_bytes
 from bitdelta_core.delta.distill import DistillOptions, tokenise
 from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
+from bitdelta_core.delta.moments import Metric, Metrics
 from bitdelta_core.delta.pairing import Pairing
 from bitdelta_core.delta.refine import Bench, Coding, fidelity
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.delta.spectral import Coded
 from bitdelta_core.delta.stage import Stage
+from bitdelta_core.delta.streaming import Streamed
 from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter, check_absent
 from bitdelta_core.errors import InvalidRequest
 
@@ -47,6 +50,8 @@ _MARGIN = 0.95
 _SEARCHES = 6
 _POWERS = (0.0, 0.15, 0.3, 0.45, 0.6)
 """Of what a matrix keeps, by which its scale grows."""
+_UNSEEN_POWER = 0.15
+"""Where none can be tried: close to the best wherever we looked (docs/log.md)."""
 _TRAINED_BYTES = 16
 """Of a value: itself, its gradient, and Adam's two moments, in fp32."""
 Known = MutableMapping[str, Spectrum]
@@ -138,6 +143,11 @@ def compress(
     base, fine = Checkpoint(base_path), Checkpoint(finetune_path)
     pairing = Pairing(base, fine)
     pairing.check()
+    if options.min_fidelity is not None and not sensitivity.has_room(fine, used, 2):
+        raise InvalidRequest(
+            f"min_fidelity needs {fine.path} twice in memory, for which there is no room: give bits or max_bytes",
+            param="min_fidelity",
+        )
     text = read_calibration(options.calibration) if options.calibrate else b""
     plan = Plan.of(pairing, options.budget)
     provenance = {"options": options.described(), "calibration_sha256": hashlib.sha256(text).hexdigest()}
@@ -191,7 +201,7 @@ class Run:
             return coding, {"untrained_for_want_of_bytes": float(needed)}
         return self._trained(spectra, coding, budget, self.options.distill)
 
-    def _missing(self) -> Iterator[tuple[str, sensitivity.Metrics]]:
+    def _missing(self) -> Iterator[tuple[str, Metrics]]:
         """Matrices that no earlier run decomposed, with their metrics."""
         names = [name for name in self.plan.pool if not self._has(name)]
         for i, (name, metrics) in enumerate(self._measured(names)):
@@ -203,12 +213,14 @@ class Run:
             return _file(name) in self.stage
         return name in self.known and len(self.known[name].s_r) >= self.plan.rank_limit(*self.plan.pool[name])
 
-    def _measured(self, names: list[str]) -> Iterator[tuple[str, sensitivity.Metrics]]:
+    def _measured(self, names: list[str]) -> Iterator[tuple[str, Metrics]]:
         if self.batches is None:
             return ((name, (Metric(), Metric())) for name in names)
         if not names:
             return iter(())
         count = max(1, self.options.texts // self.batches.size)
+        if not sensitivity.has_room(self.pairing.fine, self.device, 1):
+            return Streamed(self.pairing.fine, self.device).measure(names, self.batches, count)
         return sensitivity.measure(self._model(0), names, self.batches, count)
 
     def _decompose(self, name: str, inputs: Metric, outputs: Metric) -> Spectrum:
@@ -230,14 +242,18 @@ class Run:
 
     def _enlarged(self, spectra: Mapping[str, Callable[[], Spectrum]], found: Fit) -> Coding:
         """The coding with scales that make up for what each matrix lost, as far as that helps on calibration text."""
-        if self.batches is None or not any(found.coding.values()) or not self._has_room_for_two():
+        if self.batches is None or not any(found.coding.values()):
             return found.coding
         kept = {name: allocation.kept(load(), found.delta) for name, load in spectra.items()}
+
+        def with_power(power: float) -> Coding:
+            return {n: c and replace(c, scale=c.scale * kept[n] ** -power) for n, c in found.coding.items()}
+
+        if not sensitivity.has_room(self.pairing.fine, self.device, 2):
+            return with_power(_UNSEEN_POWER)
         bench, best, least = self._bench(), found.coding, math.inf
         for power in _POWERS:
-            coding = {
-                n: coded and replace(coded, scale=coded.scale * kept[n] ** -power) for n, coded in found.coding.items()
-            }
+            coding = with_power(power)
             kl = bench.kl(coding)
             if not kl < least:
                 break
@@ -287,11 +303,6 @@ class Run:
         while len(self._models) <= index:
             self._models.append(sensitivity.load_model(self.pairing.fine, self.device))
         return self._models[index]
-
-    def _has_room_for_two(self) -> bool:
-        """Models: half of a CPU's memory, or most of what a GPU has free, takes the second one."""
-        bytes_16bit, room = self.pairing.fine.nbytes_16bit, free_bytes(self.device)
-        return bytes_16bit < 0.8 * room if self.device.type == "cuda" else 2 * bytes_16bit < 2 * room
 
     def _unchanged(self, name: str) -> torch.Tensor:
         base, fine = self.pairing.base_tensor(name), self.pairing.fine_tensor(name)

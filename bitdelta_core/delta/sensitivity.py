@@ -2,7 +2,8 @@
 
 Labels are drawn from the fine-tune's own predictions, so the gradients' second moment is the Fisher information of the
 output, Kronecker-factored per matrix (K-FAC; Martens and Grosse, arXiv 1503.05671). The whole model is in memory, and
-as many moments as fit MOMENT_BYTES; for more of them the text is run again.
+as many moments as fit MOMENT_BYTES; for more of them the text is run again. A model that does not fit is measured by
+`streaming.py`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,33 @@ import torch
 from torch import nn
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta.allocation import Metric
+from bitdelta_core.delta import moments
 from bitdelta_core.delta.calibration import Batches
+from bitdelta_core.delta.device import free_bytes
 from bitdelta_core.delta.format import EMBEDDING, HEAD
+from bitdelta_core.delta.moments import Metrics, Moments
 
 MOMENT_BYTES = 16 * 10**9
-Metrics = tuple[Metric, Metric]
-"""Of a matrix's inputs (columns) and outputs (rows)."""
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU, fp32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def has_room(fine: Checkpoint, device: torch.device, models: int) -> bool:
+    """For so many models: half of a CPU's memory, or most of what a GPU has free, takes one; all of a CPU's two."""
+    room = free_bytes(device)
+    if device.type == "cuda":
+        return models * fine.nbytes_16bit < 0.8 * room
+    return models * fine.nbytes_16bit < models * room
 
 
 def load_model(fine: Checkpoint, device: torch.device) -> Any:
-    """The checkpoint in transformers: in bf16 on a GPU, in fp32 on a CPU."""
+    """The checkpoint in transformers."""
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model: Any = AutoModelForCausalLM.from_pretrained(fine.path, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(fine.path, dtype=compute_dtype(device))
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -38,7 +51,7 @@ def measure(model: Any, names: Sequence[str], batches: Batches, count: int) -> I
 
     They lie where the model does.
     """
-    sizes = {name: _moment_bytes(name, model.get_parameter(name)) for name in names}
+    sizes = {name: moments.nbytes(name, model.get_parameter(name)) for name in names}
     waiting = list(names)
     while waiting:
         room, chosen = MOMENT_BYTES, []
@@ -48,38 +61,38 @@ def measure(model: Any, names: Sequence[str], batches: Batches, count: int) -> I
         yield from _Pass(model, chosen).run(itertools.islice(batches, count), batches.seed)
 
 
+def drawn_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Log-likelihood of labels drawn from these predictions [tokens, vocabulary], summed."""
+    logp = logits.float().log_softmax(-1)
+    drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+    return logp.gather(1, drawn).sum()
+
+
 class _Pass:
     """One run over the text, with hooks on the chosen matrices' modules."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
-        self.model = model
-        self.tokens = 0
-        self.mask = torch.empty(0, dtype=torch.bool)
-        device = next(model.parameters()).device
-        self.inputs = {n: _zeros(n, model.get_parameter(n), side=1).to(device) for n in names}
-        self.outputs = {n: _zeros(n, model.get_parameter(n), side=0).to(device) for n in names}
+        self.model, self.names = model, names
+        self.moments = Moments(model, names, next(model.parameters()).device)
         self.tied = HEAD not in names and model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
     def run(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], seed: int) -> Iterator[tuple[str, Metrics]]:
-        device = next(self.model.parameters()).device
+        device, tokens = next(self.model.parameters()).device, 0
         generator = torch.Generator(device).manual_seed(seed)
         hooks = [self.model.get_input_embeddings().register_forward_hook(self._embedded)]
-        hooks += [self._module(name).register_forward_hook(self._hook(name)) for name in self._linears()]
+        hooks += [self._module(name).register_forward_hook(self.moments.hook(name)) for name in self._linears()]
         for ids, mask in batches:
-            self.mask = mask.to(device)
-            logits = self.model(input_ids=ids.to(device), attention_mask=self.mask.long()).logits[self.mask]
-            logp = logits.float().log_softmax(-1)
-            drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
-            logp.gather(1, drawn).sum().backward()
-            self.tokens += int(mask.sum())
+            self.moments.mask = mask = mask.to(device)
+            logits = self.model(input_ids=ids.to(device), attention_mask=mask.long()).logits[mask]
+            drawn_loss(logits, generator).backward()
+            tokens += int(mask.sum())
         for hook in hooks:
             hook.remove()
-        for name in list(self.inputs):
-            scale = 1 / self.tokens
-            yield name, (Metric(self.inputs.pop(name).mul_(scale)), Metric(self.outputs.pop(name).mul_(scale)))
+        for name in self.names:
+            yield name, self.moments.take(name, tokens)
 
     def _linears(self) -> list[str]:
-        return [name for name in self.inputs if name != EMBEDDING or self.tied]
+        return [name for name in self.names if name != EMBEDDING or self.tied]
 
     def _module(self, name: str) -> nn.Module:
         if name in (HEAD, EMBEDDING):
@@ -89,30 +102,7 @@ class _Pass:
     def _embedded(self, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         """The graph begins here; an embedding of its own is measured here, a tied one where it is the head."""
         output = output.detach().requires_grad_(True)
-        if EMBEDDING in self.inputs and not self.tied:
-            ids = args[0][self.mask]
-            self.outputs[EMBEDDING].index_add_(0, ids, torch.ones(len(ids), device=ids.device))
-            output.register_hook(lambda grad: self._add(self.inputs[EMBEDDING], grad))
+        if EMBEDDING in self.names and not self.tied:
+            self.moments.embedded(args[0])
+            output.register_hook(self.moments.embedding_gradient)
         return output
-
-    def _hook(self, name: str) -> Any:
-        def forward(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            self._add(self.inputs[name], args[0].detach())
-            output.register_hook(lambda grad: self._add(self.outputs[name], grad))
-
-        return forward
-
-    def _add(self, moment: torch.Tensor, values: torch.Tensor) -> None:
-        rows = values[self.mask].float()
-        moment += rows.square().sum(0) if moment.ndim == 1 else rows.T @ rows
-
-
-def _zeros(name: str, weight: torch.Tensor, *, side: int) -> torch.Tensor:
-    """Of a vocabulary's side only the diagonal."""
-    size = weight.shape[side]
-    return torch.zeros(size) if side == 0 and name in (EMBEDDING, HEAD) else torch.zeros(size, size)
-
-
-def _moment_bytes(name: str, weight: torch.Tensor) -> int:
-    rows, columns = weight.shape
-    return 4 * (columns**2 + (rows if name in (EMBEDDING, HEAD) else rows**2))

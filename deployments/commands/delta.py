@@ -83,7 +83,7 @@ def compress(
     scale: Annotated[Scale | None, typer.Option(help="Scales of the signs. (default: row_col)")] = None,
     bits: Annotated[
         float | None,
-        typer.Option(help="bitdelta: sign planes, 1 to 16 (default: 1). auto: bits per weight, 0.03 to 4."),
+        typer.Option(help="bitdelta: sign planes, 1 to 16. auto: bits per weight, 0.03 to 4. (default: 1)"),
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="auto: at most so many bytes, every file counted.")] = None,
     min_fidelity: Annotated[
@@ -265,7 +265,8 @@ def _auto_options(
     if unused:
         raise InvalidRequest(f"codec auto has nothing to do with {', '.join(unused)}", param=unused[0])
     own = {key: training[key] for key in ("calibration", "length") if key in training}
-    own |= {key: coding[key] for key in ("bits",) if key in coding}
+    if not limits or "bits" in coding:
+        own["bits"] = coding.get("bits", 1.0)
     steps = {key: training[key] for key in ("steps", "batch", "lr") if key in training}
     if distill is False and steps:
         raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(steps))}", param="distill")

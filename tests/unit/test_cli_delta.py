@@ -138,11 +138,12 @@ def test_compress_with_dropout_and_with_a_budget(base: Path, fine: Path, tmp_pat
     assert "64.00 times smaller linears, were only value bits counted" in result.output
     entries = [e for e in open_delta(tmp_path / "dropped").config.tensors.values() if e.codec == "deltadq"]
     assert {(e.alpha, e.bits, e.group, e.mask_rows) for e in entries} == {(8, 2, 8, 16)}
-    result = run("compress", base, fine, tmp_path / "auto", "--codec", "auto", "--bits", 0.8, "--no-distill")
-    assert result.exit_code == 0, result.output
-    config = open_delta(tmp_path / "auto").config
-    assert config.provenance["options"]["bits"] == 0.8
-    assert {e.codec for e in config.tensors.values()} == {"dense", "spectral"}
+    for name, words, bits in (("auto", (), 1.0), ("less", ("--bits", 0.8, "--no-distill"), 0.8)):
+        result = run("compress", base, fine, tmp_path / name, "--codec", "auto", *words)
+        assert result.exit_code == 0, result.output
+        config = open_delta(tmp_path / name).config
+        assert config.provenance["options"]["bits"] == bits
+        assert {e.codec for e in config.tensors.values()} == {"dense", "spectral"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_compress_with_dropout_and_with_a_budget(base: Path, fine: Path, tmp_pat
         (("--ratio", 64), "ratio"),
         (("--max-bytes", 9), "max_bytes"),
         (("--bits", 1.5), "bits"),
-        (("--codec", "auto"), "one of bits"),
+        (("--codec", "auto", "--bits", 1, "--max-bytes", 9), "one of bits"),
         (("--codec", "auto", "--bits", 1, "--scale", "row"), "scale_layout"),
         (("--codec", "auto", "--bits", 1, "--ratio", 64), "ratio"),
         (("--codec", "auto", "--bits", 1, "--no-distill", "--distill-steps", 3), "steps"),

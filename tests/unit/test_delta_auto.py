@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import allocation, auto, feedback, sensitivity, spectral
-from bitdelta_core.delta.allocation import Metric
 from bitdelta_core.delta.auto import AutoOptions, DistillOptions
 from bitdelta_core.delta.calibration import Batches
 from bitdelta_core.delta.format import DeltaReader, open_delta
 from bitdelta_core.delta.inspect import summarise
+from bitdelta_core.delta.moments import Metric
 from bitdelta_core.delta.refine import Bench, SpectralLinear
 from bitdelta_core.delta.restore import open_for, restore
 from bitdelta_core.delta.verify import compare, verify
