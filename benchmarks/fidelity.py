@@ -18,8 +18,6 @@ import argparse
 import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,8 +31,9 @@ from typing import Any
 import torch
 import transformers
 from fidelity_bases import METHODS, shifts
-from fidelity_tasks import TEXT, Judge, Score, Task, draws, make_task, summed
+from fidelity_tasks import Judge, Score, Task, draws, make_task, summed
 from fidelity_ways import CODECS, Made, Subject, Way, ways
+from finetunes import add_models, commit, completed, rows_of
 from jobs import failed, launch
 
 from bitdelta_core.checkpoint import Checkpoint
@@ -44,7 +43,6 @@ from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
 from bitdelta_core.delta.restore import restore
 
-MODELS = "BITDELTA_MODELS"
 Record = dict[str, Any]
 
 
@@ -59,7 +57,7 @@ class Bench:
         self.bases = {METHODS[method]: shifts(base, method, args) for method in args.base_bits}
         self.conditions = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "commit": args.commit or _commit(),
+            "commit": args.commit or commit(),
             "machine": machine(args.device),
             **({"label": args.label} if args.label else {}),
             "base_parameters": sum(base.get(name).numel() for name in base.names),
@@ -100,7 +98,7 @@ class Trial:
         if is_adapter(source):
             fine = restore(args.base, compress(args.base, source, work / "adapter"), work / "merged")
         self.subject = Subject(args, source, fine, work)
-        name, rows = _rows(args, source.name, named)
+        name, rows = rows_of(args, source.name, named)
         drawn = draws(name, rows, (args.prompts, args.answers, args.windows), args.seeds)
         union = sorted(set().union(*drawn))
         self.chosen = [[union.index(i) for i in draw] for draw in drawn]
@@ -208,24 +206,6 @@ def machine(device: str) -> dict[str, Any]:
     return {"cores": os.cpu_count(), "ram_gb": round(pages / 1e9, 1), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def _rows(args: argparse.Namespace, directory: str, named: str) -> tuple[str, Sequence[Any]]:
-    tasks = json.loads(args.eval.read_text()) if args.eval else {}
-    name = named or next((key for key in tasks if directory.startswith(key)), TEXT)
-    if name != TEXT:
-        return name, tasks[name]
-    if args.text is None:
-        raise SystemExit(f"{directory}: no task of this name in --eval, and no --text to judge it on")
-    return name, json.loads(args.text.read_text())
-
-
-def _commit() -> str:
-    """HEAD, with a + where tracked files differ from it; empty where there is no repository."""
-    described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def _shorten(arg: str) -> str:
     """Paths by their last part: where things lay on the machine says nothing."""
     return Path(arg).name if "/" in arg else arg
@@ -233,11 +213,7 @@ def _shorten(arg: str) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help=f"by default what ${MODELS} names")
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--finetunes", nargs="+", help="directories, or names in --models; each perhaps with =TASK")
-    parser.add_argument("--eval", type=Path, help="JSON of tasks")
-    parser.add_argument("--text", type=Path, help="JSON list of documents")
+    add_models(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=100, help="of exact match, for each seed")
     parser.add_argument("--answers", type=int, default=12, help="of chat, for each seed")
@@ -262,31 +238,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label", help="recorded; tells apart models of one size that were trained anew")
     parser.add_argument("--commit", help="recorded; by default git is asked")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity.jsonl")
-    args = _completed(parser.parse_args(argv), parser)
+    args = completed(parser.parse_args(argv), parser)
     args.baseline_budgets = args.baseline_budgets or args.budgets
     if args.only:
         args.finetunes = [args.only]
-    return args
-
-
-def _completed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """With what --models says where nothing else does."""
-    if args.models is None and MODELS in os.environ:
-        args.models = Path(os.environ[MODELS])
-    if args.models is None and (args.base is None or args.finetunes is None):
-        parser.error(f"give --models (or set {MODELS}), or --base and --finetunes")
-    if args.models is None:
-        return args
-    args.base = args.base or args.models / "base"
-    args.eval = args.eval or args.models / "eval.json"
-    args.text = args.text or args.models / "valid.json"
-    found = sorted(
-        d.name
-        for d in args.models.iterdir()
-        if d != args.base and ((d / "config.json").is_file() or (d / "adapter_config.json").is_file())
-    )
-    named = args.finetunes or found
-    args.finetunes = [name if "/" in name else str(args.models / name) for name in named]
     return args
 
 
