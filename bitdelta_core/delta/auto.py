@@ -219,7 +219,7 @@ class Run:
         if not names:
             return iter(())
         count = max(1, self.options.texts // self.batches.size)
-        if not sensitivity.has_room(self.pairing.fine, self.device, 1):
+        if not self._has_room(1):
             return Streamed(self.pairing.fine, self.device).measure(names, self.batches, count)
         return sensitivity.measure(self._model(0), names, self.batches, count)
 
@@ -249,7 +249,7 @@ class Run:
         def with_power(power: float) -> Coding:
             return {n: c and replace(c, scale=c.scale * kept[n] ** -power) for n, c in found.coding.items()}
 
-        if not sensitivity.has_room(self.pairing.fine, self.device, 2):
+        if not self._has_room(2):
             return with_power(_UNSEEN_POWER)
         bench, best, least = self._bench(), found.coding, math.inf
         for power in _POWERS:
@@ -303,6 +303,10 @@ class Run:
         while len(self._models) <= index:
             self._models.append(sensitivity.load_model(self.pairing.fine, self.device))
         return self._models[index]
+
+    def _has_room(self, models: int) -> bool:
+        """For so many in all."""
+        return sensitivity.has_room(self.pairing.fine, self.device, models - len(self._models))
 
     def _unchanged(self, name: str) -> torch.Tensor:
         base, fine = self.pairing.base_tensor(name), self.pairing.fine_tensor(name)

@@ -34,8 +34,8 @@ def has_room(fine: Checkpoint, device: torch.device, models: int) -> bool:
     """For so many models: half of a CPU's memory, or most of what a GPU has free, takes one; all of a CPU's two."""
     room = free_bytes(device)
     if device.type == "cuda":
-        return models * fine.nbytes_16bit < 0.8 * room
-    return models * fine.nbytes_16bit < models * room
+        return models * fine.nbytes_16bit <= 0.8 * room
+    return models * fine.nbytes_16bit <= models * room
 
 
 def load_model(fine: Checkpoint, device: torch.device) -> Any:
