@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from storage.base import CHUNK, Body, CheckedReader, check_key, check_prefix
-from storage.errors import CorruptBlob, NotFound, StoreUnavailable
+from storage.errors import CorruptBlob, InvalidName, NotFound, StoreUnavailable
 
 _ABANDONED_S = 24 * 3600
 """A temporary file this old belongs to a writer that died."""
@@ -28,7 +28,10 @@ class LocalStore:
     settle_s = 0.0
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Raises InvalidName where something lies there that is no directory."""
         self.root = Path(root).expanduser().absolute()
+        if self.root.exists() and not self.root.is_dir():
+            raise InvalidName(f"{self.root} is no directory, as a repository is")
         self.uri = self.root.as_uri()
         self._swept = False
         self._sweeping = threading.Lock()

@@ -93,8 +93,10 @@ def test_s3_config() -> None:
 
 
 def test_local_errors_have_names(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
     store = LocalStore(tmp_path / "file")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidName, match="file is no directory"):
+        LocalStore(tmp_path / "file")
     with pytest.raises(NotFound):
         store.read("k")
     with pytest.raises(StoreUnavailable):
