@@ -1,7 +1,9 @@
 """Spreading a budget of bits over all matrices of a delta at once, and over the components of each.
 
 Each difference D [N, K] is decomposed where errors weigh what they cost the model: with M_K the second moment of the
-inputs and M_N that of the loss's gradients at the outputs, L_N^T D L_K = U S V^T where L L^T = M. Rounding a value of
+inputs and M_N that of the loss's gradients at the outputs, L_N^T D L_K = U S V^T where L L^T = M. Both are measured on
+calibration text, which is not the task. But what training added up is gradients times inputs of the task: D^T D and
+D D^T say where these lie, and have their share of M_K and M_N. Rounding a value of
 component i of a factor with step t costs s_i * t^2 / 12 times the mean weight, so equal costs need steps
 delta / sqrt(s_i * weight): one number delta for the whole delta decides everything (reverse water-filling; Cover and
 Thomas, section 10.3), and bisection finds the delta that fits the budget. All of it runs where the difference lies.
@@ -20,6 +22,8 @@ from bitdelta_core.delta.spectral import STEPS_PER_OCTAVE, Coded, component_scal
 
 RIDGE = 0.2
 """Of the mean, added to every second moment: tasks differ from calibration text. 0.02 and 1 kept less."""
+OWN = 2.0
+"""The difference's own second moments for each of the text's. 0 kept far less of a skill, docs/log.md."""
 _HALVINGS = 18
 _SAMPLED = 256
 """Columns of a side that stand for all of them while the budget is spread."""
@@ -59,8 +63,8 @@ def decompose(difference: torch.Tensor, inputs: Metric, outputs: Metric, rank: i
     on its device."""
     rows, columns = difference.shape
     exact = difference if difference.is_cuda or difference.numel() > _DOUBLED else difference.double()
-    factor_n, weight_n = _factor(outputs, rows, exact)
-    factor_k, weight_k = _factor(inputs, columns, exact)
+    factor_n, weight_n = _factor(outputs, exact)
+    factor_k, weight_k = _factor(inputs, exact.T)
     weighted = _weighed(factor_n, _weighed(factor_k, exact.T).T)
     u, s, v = _svd(weighted, min(rank, rows, columns))
     balance = s.sqrt()
@@ -69,7 +73,7 @@ def decompose(difference: torch.Tensor, inputs: Metric, outputs: Metric, rank: i
         b_rN=_unweighed(factor_n, u * balance).T.float().contiguous(),
         s_r=s.float(),
         weights=(weight_k, weight_n),
-        factors=(_halved(factor_k, inputs), _halved(factor_n, outputs)),
+        factors=(_halved(factor_k), _halved(factor_n)),
     )
 
 
@@ -246,27 +250,31 @@ def _exceed(sketches: list[_Sketch], delta: float, budget_bits: float) -> bool:
     return False
 
 
-def _halved(factor: torch.Tensor, metric: Metric) -> torch.Tensor | None:
-    """What rounding needs of it; None where it weighs all values alike, or is too large to keep."""
-    if metric.moment is None or factor.ndim == 1 or len(factor) > _LARGEST:
+def _halved(factor: torch.Tensor) -> torch.Tensor | None:
+    """What rounding needs of it; None where it is a diagonal, or too large to keep."""
+    if factor.ndim == 1 or len(factor) > _LARGEST:
         return None
     return (factor / factor.square().sum(1).mean().sqrt()).half()
 
 
-def _factor(metric: Metric, size: int, like: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """(L, mean weight) with L L^T the moment, its ridge included: lower triangular [M, M], or a diagonal [M]."""
+def _factor(metric: Metric, matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(L, mean weight) of the side of `matrix`'s rows, with L L^T the moment, the matrix's own and the ridge included:
+    lower triangular [M, M], or a diagonal [M]."""
     if metric.moment is None:
-        return torch.ones(size, dtype=like.dtype, device=like.device), 1.0
-    moment = metric.moment.to(like.device, like.dtype)
+        moment = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    else:
+        moment = metric.moment.to(matrix.device, matrix.dtype)
     if moment.ndim == 1:
         weight = moment + moment.mean().clamp_min(1e-30)  # rare rows may not be rare in the task: a full mean
         return weight.sqrt(), weight.mean().item()
-    mean = moment.diagonal().mean().clamp_min(1e-30)
-    moment = moment / mean  # gradients may be so small that their squares are near the least float32
+    own = matrix @ matrix.T
+    mean, own_mean = (m.diagonal().mean().clamp_min(1e-30) for m in (moment, own))
+    # gradients may be so small that their squares are near the least float32
+    moment = (moment / mean + own * (OWN / own_mean)) / (1 + OWN)
     moment.diagonal().add_(RIDGE)
     factor, failed = torch.linalg.cholesky_ex(moment)
     if failed.any():
-        factor = torch.linalg.cholesky(moment.double()).to(like.dtype)
+        factor = torch.linalg.cholesky(moment.double()).to(matrix.dtype)
     return factor * mean.sqrt(), (mean * (1 + RIDGE)).item()
 
 

@@ -32,7 +32,7 @@ from bitdelta_core.delta.device import chosen_device, free_bytes
 from bitdelta_core.delta.distill import DistillOptions, tokenise
 from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
-from bitdelta_core.delta.moments import Metric, Metrics
+from bitdelta_core.delta.moments import Metric, Metrics, unknown
 from bitdelta_core.delta.pairing import Pairing
 from bitdelta_core.delta.refine import Bench, Coding, fidelity
 from bitdelta_core.delta.spec import TensorEntry
@@ -68,7 +68,7 @@ class AutoOptions:
     min_fidelity: float | None = None
     """1 - KL(fine-tune || variant) / KL(fine-tune || no matrix changed), on calibration text, before training."""
     calibrate: bool = True
-    """Weigh errors by what they cost on calibration text; otherwise all alike."""
+    """Weigh errors by what they cost on calibration text as well, not by the difference's own moments alone."""
     texts: int = 192
     length: int = 128
     """Of calibration: sequences, and tokens of each."""
@@ -215,7 +215,7 @@ class Run:
 
     def _measured(self, names: list[str]) -> Iterator[tuple[str, Metrics]]:
         if self.batches is None:
-            return ((name, (Metric(), Metric())) for name in names)
+            return ((name, unknown(name, self.plan.pool[name][0])) for name in names)
         if not names:
             return iter(())
         count = max(1, self.options.texts // self.batches.size)

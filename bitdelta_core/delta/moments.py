@@ -14,7 +14,8 @@ from bitdelta_core.delta.format import EMBEDDING, HEAD
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What an error costs along one side: a second moment [M, M], its diagonal [M], or None where all weigh alike."""
+    """What an error costs along one side: a second moment [M, M], its diagonal [M] (to which its mean is added), or
+    None where that is not known."""
 
     moment: torch.Tensor | None = None
 
@@ -58,6 +59,11 @@ class Moments:
     def _add(self, moment: torch.Tensor, values: torch.Tensor) -> None:
         rows = values[self.mask].float()
         moment += rows.square().sum(0) if moment.ndim == 1 else rows.T @ rows
+
+
+def unknown(name: str, rows: int) -> Metrics:
+    """Without text."""
+    return Metric(), Metric(torch.full((rows,), 0.5)) if name in (EMBEDDING, HEAD) else Metric()
 
 
 def nbytes(name: str, weight: torch.Tensor) -> int:

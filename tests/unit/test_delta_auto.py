@@ -95,7 +95,8 @@ def test_what_matters_more_gets_more(tmp_path: Path) -> None:
     assert errors["dear"] < 0.7 * errors["cheap"]
 
 
-def test_errors_are_kept_out_of_directions_that_the_inputs_have() -> None:
+def test_errors_are_kept_out_of_directions_that_the_inputs_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "OWN", 0.0)
     generator = torch.Generator().manual_seed(1)
     difference = torch.randn(30, 50, generator=generator)
     inputs = torch.randn(500, 50, generator=generator) * torch.logspace(0, -3, 50)
@@ -106,6 +107,22 @@ def test_errors_are_kept_out_of_directions_that_the_inputs_have() -> None:
         assert coded is not None
         lost[name] = (inputs @ (difference - coded.matrix()).T).square().sum().item()
     assert lost["seeing"] < 0.6 * lost["blind"]
+
+
+def test_errors_are_kept_out_of_directions_that_the_difference_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text knows nothing of them: they are where training went."""
+    generator = torch.Generator().manual_seed(1)
+    strong = torch.randn(80, 6, generator=generator)
+    difference = torch.randn(60, 6, generator=generator) @ strong.T + 2 * torch.randn(60, 80, generator=generator)
+    text = Metric(torch.eye(80))
+    lost = {}
+    for own in (0.0, allocation.OWN):
+        monkeypatch.setattr(allocation, "OWN", own)
+        spectrum = allocation.decompose(difference, text, Metric(), 60)
+        coded = allocation.fit({"w": lambda s=spectrum: s}, 0.5 * 4800).coding["w"]
+        assert coded is not None
+        lost[own] = ((difference - coded.matrix()) @ torch.linalg.qr(strong).Q).square().sum().item()
+    assert lost[allocation.OWN] < 0.7 * lost[0.0]
 
 
 def test_second_moments_are_those_of_autograd(base: Path) -> None:
@@ -331,9 +348,14 @@ def test_feedback_of_several_is_that_of_each() -> None:
 def test_what_is_kept_is_about_what_the_factors_give_back() -> None:
     difference = torch.randn(60, 80, generator=torch.Generator().manual_seed(2))
     spectrum = allocation.decompose(difference, Metric(), Metric(), 60)
+    factor_k, factor_n = (factor.float() for factor in spectrum.factors if factor is not None)
+
+    def weighed(matrix: torch.Tensor) -> float:
+        return (factor_n.T @ matrix @ factor_k).square().sum().item()
+
     for bits in (1.0, 2.0):
         found = allocation.fit({"w": lambda: spectrum}, bits * 4800)
         coded = found.coding["w"]
         assert coded is not None
-        left = 1 - ((difference - coded.matrix()).square().sum() / difference.square().sum()).item()
+        left = 1 - weighed(difference - coded.matrix()) / weighed(difference)
         assert allocation.kept(spectrum, found.delta) == pytest.approx(left, abs=0.12)
