@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -28,7 +29,8 @@ from typing import Any
 import torch
 import transformers
 from fidelity_tasks import Judge, Sample, Task, make_task, summed
-from finetunes import add_models, commit, completed, rows_of
+from finetunes import add_models, completed, rows_of
+from revision import commit, shortened
 
 from bitdelta_core import Engine, EngineConfig, SamplingParams
 from bitdelta_core.checkpoint import Checkpoint
@@ -55,10 +57,6 @@ class Variant:
     theirs: dict[str, float]
     """What transformers finds of the restored checkpoint"""
     sha256: str = ""
-
-    @property
-    def exact(self) -> bool:
-        return self.task.exact
 
 
 def variants(args: argparse.Namespace, dtype: torch.dtype, work: Path) -> Iterator[Variant]:
@@ -105,7 +103,7 @@ def asked(engine: Engine, served: Sequence[Variant], vocabulary: int) -> dict[tu
     found = {}
     for variant in served:
         own = [(sample, done) for (of, sample), done in zip(rows, read, strict=True) if of is variant]
-        found[variant.name, variant.codec] = _read(own, variant.exact)
+        found[variant.name, variant.codec] = _read(own, variant.task.exact)
         right = [_is_right(sample, done) for of, sample, done in written if of is variant]
         found[variant.name, variant.codec] |= {"written": sum(right) / len(right)} if right else {}
     return found
@@ -125,7 +123,7 @@ def _all_read(engine: Engine, rows: Sequence[tuple[Variant, Sample]], vocabulary
 
 def _all_written(engine: Engine, rows: Sequence[tuple[Variant, Sample]]) -> list[tuple[Variant, Sample, Completion]]:
     """Answers to those prompts that have a right one."""
-    writing = [(variant, sample) for variant, sample in rows if variant.exact]
+    writing = [(variant, sample) for variant, sample in rows if variant.task.exact]
     if not writing:
         return []
     longest = max(len(sample.ids) - sample.scored for _, sample in writing)
@@ -185,7 +183,9 @@ def main() -> None:
         "commit": args.commit or commit(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "dtype": str(config.torch_dtype).removeprefix("torch."),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
+        "command": " ".join(["benchmarks/answers.py", *map(shortened, sys.argv[1:])]),
         "together": len(served),
         "seconds": round(seconds, 2),
     }
@@ -195,7 +195,7 @@ def main() -> None:
 def _off(variant: Variant, own: dict[str, float]) -> float:
     """How far the engine is from transformers: relative nats, where these are more than one, and right answers."""
     nats = abs(own["nats"] - variant.theirs["nats"]) / max(variant.theirs["nats"], 1.0)
-    right = [abs(own[key] - variant.theirs["exact_match"]) for key in ("exact_match", "written") if variant.exact]
+    right = [abs(own[key] - variant.theirs["exact_match"]) for key in ("exact_match", "written") if variant.task.exact]
     return max([nats, *right])
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import load_gaps
 import numpy as np
 import synthetic
 import torch
+from revision import commit
 
 from bitdelta_core.delta import entropy, rans
 
@@ -69,9 +69,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
-    git = ["git", "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    conditions = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit, "cores": os.cpu_count()}
+    conditions = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "cores": os.cpu_count()}
     conditions |= {"numpy": np.__version__, "command": "benchmarks/coded_integers.py"}
     for lines in (decoded(), loaded(arguments.processes, arguments.layers)):
         for line in lines:

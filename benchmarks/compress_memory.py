@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from revision import commit
 from safetensors.torch import save_file
 
 from bitdelta_core.delta.compress import compress
@@ -130,8 +131,6 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
-    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as out:
@@ -141,7 +140,7 @@ def main() -> None:
                 "hidden": args.hidden,
                 "bytes": at_depth(args.hidden, depth),
                 "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-                "commit": commit,
+                "commit": commit(),
                 "machine": {"cores": os.cpu_count(), "ram_gb": round(ram / 1e9, 1)},
                 "torch": torch.__version__,
                 "command": f"benchmarks/compress_memory.py --depths {depth} --hidden {args.hidden}",

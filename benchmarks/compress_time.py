@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from fidelity import machine
+from revision import commit
 from safetensors import safe_open
 from safetensors.torch import save_file
 from synthetic import SHAPES, Shape, write_base
@@ -139,9 +139,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
     parser.add_argument("--depths", type=int, nargs=2, default=[1, 3])
     parser.add_argument("--bits", type=float, default=1.0)
-    parser.add_argument(
-        "--texts", type=int, default=AutoOptions().texts, help="of calibration: sizes need few, time all"
-    )
     parser.add_argument("--training", nargs="+", default=["none"], choices=["none", "factors"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--work", type=Path, help="where checkpoints are written (default: the temporary directory)")
@@ -150,19 +147,16 @@ def main() -> None:
     args = parser.parse_args()
     conditions = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": args.commit or _commit(),
+        "commit": args.commit or commit(),
         "machine": machine(args.device),
         "torch": torch.__version__,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as out, tempfile.TemporaryDirectory(dir=args.work) as work:
-        measured(
-            replace(SHAPES["tiny"], layers=1), AutoOptions(bits=args.bits, texts=args.texts), args.device, Path(work)
-        )
+        measured(replace(SHAPES["tiny"], layers=1), AutoOptions(bits=args.bits, distill=None), args.device, Path(work))
         for name in args.shapes:
             for training in args.training:
-                trained = DISTILL if training == "factors" else None
-                options = AutoOptions(bits=args.bits, texts=args.texts, distill=trained)
+                options = AutoOptions(bits=args.bits, distill=DISTILL if training == "factors" else None)
                 runs = []
                 for depth in args.depths:
                     runs.append(measured(replace(SHAPES[name], layers=depth), options, args.device, Path(work)))
@@ -170,16 +164,11 @@ def main() -> None:
                 whole = extrapolated(runs[0], runs[1], SHAPES[name])
                 print(name, training, "extrapolated", json.dumps(whole), flush=True)
                 command = f"benchmarks/compress_time.py --shapes {name} --training {training} --bits {args.bits:g} "
-                command += f"--depths {args.depths[0]} {args.depths[1]} --texts {args.texts} --device {args.device}"
+                command += f"--depths {args.depths[0]} {args.depths[1]}"
                 record = {"shape": name, **asdict(SHAPES[name]), "bits": args.bits, "training": training}
                 record |= {"runs": runs, "extrapolated": whole, **conditions, "command": command}
                 out.write(json.dumps(record) + "\n")
                 out.flush()
-
-
-def _commit() -> str:
-    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import boto3
 from boto3.s3.transfer import TransferConfig
+from revision import commit
 
 from storage import DiskCache, LocalStore, Repository
 from storage.base import BlobStore
@@ -134,10 +134,9 @@ def measure(
 
 
 def context() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "commit": commit.strip(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cmd": " ".join(["python", "benchmarks/fetch.py", *sys.argv[1:]]),
         "machine": {"cores": os.cpu_count(), "ram_gib": round(memory / (1 << 30)), "arch": platform.machine()},

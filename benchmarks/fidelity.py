@@ -33,8 +33,9 @@ import transformers
 from fidelity_bases import METHODS, shifts
 from fidelity_tasks import Judge, Score, Task, draws, make_task, summed
 from fidelity_ways import CODECS, Made, Subject, Way, ways
-from finetunes import add_models, commit, completed, rows_of
+from finetunes import add_models, completed, rows_of
 from jobs import failed, launch
+from revision import commit, shortened
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta.compress import compress
@@ -63,7 +64,7 @@ class Bench:
             "base_parameters": sum(base.get(name).numel() for name in base.names),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "command": "benchmarks/fidelity.py " + " ".join(_shorten(arg) for arg in sys.argv[1:]),
+            "command": "benchmarks/fidelity.py " + " ".join(shortened(arg) for arg in sys.argv[1:]),
         }
 
     def run(self, spec: str, work: Path) -> Iterator[Record]:
@@ -204,11 +205,6 @@ def machine(device: str) -> dict[str, Any]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {"cores": os.cpu_count(), "ram_gb": round(pages / 1e9, 1), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def _shorten(arg: str) -> str:
-    """Paths by their last part: where things lay on the machine says nothing."""
-    return Path(arg).name if "/" in arg else arg
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

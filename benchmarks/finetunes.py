@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,11 +52,3 @@ def rows_of(args: argparse.Namespace, directory: str, named: str) -> tuple[str, 
     if args.text is None:
         raise SystemExit(f"{directory}: no task of this name in --eval, and no --text to judge it on")
     return name, json.loads(args.text.read_text())
-
-
-def commit() -> str:
-    """HEAD, with a + where tracked files differ from it; empty where there is no repository."""
-    described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()

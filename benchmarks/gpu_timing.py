@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from revision import commit
 
 RESULTS = Path(__file__).parent / "results"
 CACHE_BYTES = 220 << 20
@@ -138,7 +139,7 @@ def conditions() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "none",
         "torch": torch.__version__,

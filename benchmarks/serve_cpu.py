@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from typing import Any
 
 import torch
 import transformers
+from revision import commit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -230,19 +230,9 @@ def resident_bytes_per_variant(variants: Variants, count: int, dtype: str) -> di
 def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": commit(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

@@ -51,7 +51,7 @@ _SEARCHES = 6
 _POWERS = (0.0, 0.15, 0.3, 0.45, 0.6)
 """Of what a matrix keeps, by which its scale grows."""
 _UNSEEN_POWER = 0.15
-"""Where none can be tried: close to the best wherever we looked (docs/log.md)."""
+"""Where none can be tried: close to the best wherever we looked (docs/fidelity.md, memory)."""
 _TRAINED_BYTES = 16
 """Of a value: itself, its gradient, and Adam's two moments, in fp32."""
 Known = MutableMapping[str, Spectrum]

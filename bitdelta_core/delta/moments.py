@@ -62,7 +62,7 @@ class Moments:
 
 
 def unknown(name: str, rows: int) -> Metrics:
-    """Without text."""
+    """Without text. Rows of a vocabulary weigh one each: a diagonal of halves, to which its mean is added."""
     return Metric(), Metric(torch.full((rows,), 0.5)) if name in (EMBEDDING, HEAD) else Metric()
 
 

@@ -78,7 +78,7 @@ class Streamed:
         ends = [name for name in names if name in (EMBEDDING, HEAD)]
         moments = Moments(self.model, ends, self.device)
         tied = is_tied(self.fine)
-        self._turn(moments, [HEAD] if not tied else [EMBEDDING], texts, batches)
+        self._turn(moments, EMBEDDING if tied else HEAD, texts, batches)
         yield [name for name in ends if tied or name == HEAD], moments
         for index in reversed(range(len(self.decoder.layers))):
             chosen = [name for name in names if name.startswith(f"{self.prefix}.{index}.")]
@@ -126,11 +126,11 @@ class Streamed:
             some.kept.append(some.now.to("cpu", _KEPT))
             some.now = self._run(index, weights, some.now, some)
 
-    def _turn(self, moments: Moments, head: list[str], texts: list[_Texts], batches: Batches) -> None:
+    def _turn(self, moments: Moments, head: str, texts: list[_Texts], batches: Batches) -> None:
         """From outputs of the last layer to their gradient, a batch at a time."""
         generator = torch.Generator(self.device).manual_seed(batches.seed)
         module = self.model.get_output_embeddings()
-        hooks = [module.register_forward_hook(moments.hook(name)) for name in head if name in moments.inputs]
+        hooks = [module.register_forward_hook(moments.hook(head))] if head in moments.inputs else []
         for some in texts:
             x = some.now.detach().requires_grad_(True)
             for own, mask in zip(x.split(batches.size), some.mask.split(batches.size), strict=True):
