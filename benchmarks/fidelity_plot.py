@@ -2,7 +2,7 @@
 
 One figure for each base. A point is the mean over the fine-tunes and seeds; a pale bar reaches down to the worst
 fine-tune, a thin one shows the least and the largest seed. Bits count every byte of the linears' parts. Ways that one
-of the base's fine-tunes lacks are left out, as are adapters.
+of the base's fine-tunes or its seeds lacks are left out, as are adapters.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def curves(finetunes: Mapping[str, Mapping[str, Cell]]) -> dict[str, Series]:
     for cells in plain({name: finetunes[name] for name in judged}).values():
         name = series(next(iter(cells.values())).way)
         gains = [cell.values("gain_kept") for cell in cells.values()]
-        if name is None or len(cells) < len(judged) or not all(gains):
+        if name is None or len(cells) < len(judged) or not gains[0] or len(set(map(len, gains))) > 1:
             continue
         bits = fmean(fmean(cell.values("linear_bits_per_weight")) for cell in cells.values())
         seeds = [_shown(fmean(values)) for values in zip(*gains, strict=True)]
@@ -80,7 +80,7 @@ def main() -> None:
     found = bases(results.read_text().splitlines())
     smallest = min(found)
     for models, finetunes in found.items():
-        size = () if models == smallest else (f"{models.parameters / 1e6:.0f}m", *models.label.split())
+        size = () if models == smallest else (f"{models.parameters / 1e6:.0f}m", *models.label.replace(",", "").split())
         chart(models, finetunes).write(FIGURES / f"{'-'.join(('fidelity', *size))}.svg")
 
 
