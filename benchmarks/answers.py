@@ -38,6 +38,7 @@ from bitdelta_core.delta.auto import AutoOptions
 from bitdelta_core.delta.auto import compress as compress_auto
 from bitdelta_core.delta.compress import compress
 from bitdelta_core.delta.distill import DistillOptions
+from bitdelta_core.delta.format import open_delta
 from bitdelta_core.delta.lora import is_adapter
 from bitdelta_core.delta.restore import restore
 from bitdelta_core.engine.completion import Completion
@@ -172,7 +173,8 @@ def main() -> None:
     config = EngineConfig(device=args.device, max_model_len=args.longest + 64, max_num_seqs=64)
     with tempfile.TemporaryDirectory() as work:
         served = list(variants(args, config.torch_dtype, Path(work)))
-        with Engine(args.base, config) as engine:
+        kinds = {variant.codec: open_delta(variant.delta).config for variant in served}
+        with Engine(args.base, config, published=lambda base: list(kinds.values())) as engine:
             for variant in served:
                 variant.sha256 = engine.add_delta(variant.delta)
             began = time.monotonic()

@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from synthetic import SHAPES, Shape, write_base
 
 from bitdelta_core.delta import auto
-from bitdelta_core.delta.auto import DISTILL, AutoOptions
+from bitdelta_core.delta.auto import AutoOptions
+from bitdelta_core.delta.calibration import read_calibration
 from bitdelta_core.delta.format import open_delta
 from bitdelta_core.delta.inspect import Summary, summarise
 
@@ -153,10 +154,12 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as out, tempfile.TemporaryDirectory(dir=args.work) as work:
-        measured(replace(SHAPES["tiny"], layers=1), AutoOptions(bits=args.bits, distill=None), args.device, Path(work))
+        examples = Path(work) / "examples.txt"
+        examples.write_bytes(read_calibration(None))
+        measured(replace(SHAPES["tiny"], layers=1), AutoOptions(bits=args.bits), args.device, Path(work))
         for name in args.shapes:
             for training in args.training:
-                options = AutoOptions(bits=args.bits, distill=DISTILL if training == "factors" else None)
+                options = AutoOptions(bits=args.bits, examples=examples if training == "factors" else None)
                 runs = []
                 for depth in args.depths:
                     runs.append(measured(replace(SHAPES[name], layers=depth), options, args.device, Path(work)))

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import transformers
 from fidelity_bases import METHODS, shifts
+from fidelity_examples import write_examples
 from fidelity_tasks import Judge, Score, Task, draws, make_task, summed
 from fidelity_ways import CODECS, Made, Subject, Way, ways
 from finetunes import add_models, completed, rows_of
@@ -98,10 +99,12 @@ class Trial:
         fine = source
         if is_adapter(source):
             fine = restore(args.base, compress(args.base, source, work / "adapter"), work / "merged")
-        self.subject = Subject(args, source, fine, work)
         name, rows = rows_of(args, source.name, named)
         drawn = draws(name, rows, (args.prompts, args.answers, args.windows), args.seeds)
         union = sorted(set().union(*drawn))
+        self.subject = Subject(args, source, fine, work)
+        if args.train_auto:
+            self.subject.examples = write_examples(args, name, rows, union, work / "examples.jsonl")
         self.chosen = [[union.index(i) for i in draw] for draw in drawn]
         self.rows = [rows[i] for i in union]
         self.task = make_task(name, self.rows, fine)
@@ -221,8 +224,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratios", type=int, nargs="+", default=[16, 32, 64, 128], choices=list(RATIOS))
     parser.add_argument("--mask-rows", type=int, nargs="+", default=[1], help="deltadq: rows that share masks")
     parser.add_argument("--data-free", action="store_true", help="auto: without calibration text as well")
-    parser.add_argument("--train-auto", action="store_true", help="auto: with trained factors as well")
-    parser.add_argument("--distill-steps", type=int, default=50, help="of bitdelta and auto; 0: no training")
+    parser.add_argument("--train-auto", action="store_true", help="auto: trained on other rows of the task as well")
+    parser.add_argument("--distill-steps", type=int, default=50, help="of bitdelta; 0: no training")
     parser.add_argument("--distill-batch", type=int, default=2)
     parser.add_argument("--embeddings", default="auto", choices=["auto", "exact", "int8", "int4", "int2"])
     parser.add_argument("--base-bits", nargs="*", default=[], choices=list(METHODS), help="quantised bases as well")

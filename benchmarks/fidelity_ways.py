@@ -105,7 +105,7 @@ def ways(args: argparse.Namespace) -> Iterator[Way]:
                 for calibrate in (None, False) if args.data_free else (None,):
                     yield from (Way("auto", budget=budget, calibrate=calibrate) for budget in _falling(args.budgets))
                 if args.train_auto:
-                    yield from (Way("auto", budget=budget, distill=True) for budget in args.budgets)
+                    yield from (Way("auto", budget=budget, distill=True) for budget in _falling(args.budgets))
             case "deltadq":
                 yield from (Way("deltadq", ratio=r, mask_rows=m) for r in args.ratios for m in args.mask_rows)
             case "bitdelta":
@@ -172,6 +172,8 @@ class Subject:
     fine: Path
     """`source`, or what an adapter was restored to."""
     work: Path
+    examples: Path | None = None
+    """What `auto` is trained on."""
     _pairing: Pairing = field(init=False)
     _groups: dict[tuple[int, int | None], int] = field(default_factory=dict)
     """deltadq: (ratio, rows that share masks) -> the group size that the first seed chose."""
@@ -255,8 +257,8 @@ class Subject:
         if way.codec == "lora":
             return self._opened(compress(self.args.base, self.source, out))
         if way.codec == "auto":
-            trained = replace(training, lr=auto.DISTILL.lr) if way.distill else None
-            options = AutoOptions(bits=way.budget, calibrate=way.calibrate is not False, distill=trained)
+            examples = self.examples if way.distill else None
+            options = AutoOptions(bits=way.budget, calibrate=way.calibrate is not False, examples=examples)
             known = self._known[options.calibrate]
             made = auto.compress(self.args.base, self.fine, out, options, device=self.args.device, known=known)
             return self._opened(made)

@@ -35,7 +35,7 @@ import torch
 import transformers
 from jobs import failed, launch, wait_for
 from make_models_judge import report
-from make_models_tasks import PAIRS, Pair, any_of_them, chat, evaluation, largest
+from make_models_tasks import PAIRS, Pair, any_of_them, chat, evaluation, largest, practice
 from make_models_text import gather
 from make_models_train import Batch, Loss, answers, frozen, likelihood, preference, train, windows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -75,13 +75,15 @@ class Scale:
     """Tokens as well: fine-tunes are short, so their steps are many and small."""
     rows: int = 500
     """Of each task, for evaluation."""
+    examples: int = 4000
+    """Of each task, for training deltas, at most."""
 
     def tokens(self, name: str) -> int:
         """Padded ones of a fine-tune."""
         return int(TOKENS.get(name, 1.0) * self.tune_tokens)
 
 
-TINY = Scale(64, 2, 4, 2, 128, 400, 64, 300_000, 60_000, 12_000, 1 << 11, 1 << 11, 40)
+TINY = Scale(64, 2, 4, 2, 128, 400, 64, 300_000, 60_000, 12_000, 1 << 11, 1 << 11, 40, 60)
 
 
 class Workshop:
@@ -163,7 +165,9 @@ def make_text(shop: Workshop) -> None:
     tokenizer = _tokenizer(documents, scale)
     print(f"  tokenizer: {time.monotonic() - started:.0f} s", flush=True)
     np.save(shop.out / "tokens.npy", _tokens(tokenizer.backend_tokenizer, documents))
-    (shop.out / "eval.json").write_text(json.dumps(evaluation(scale.rows)))
+    judged = evaluation(scale.rows)
+    (shop.out / "eval.json").write_text(json.dumps(judged))
+    (shop.out / "examples.json").write_text(json.dumps(practice(scale.examples, judged)))
     (shop.out / "valid.json").write_text(json.dumps(held))
     tokenizer.save_pretrained(shop.out / "base")
     print(f"  tokens: {np.load(shop.out / 'tokens.npy', mmap_mode='r').size:,}, {time.monotonic() - started:.0f} s")

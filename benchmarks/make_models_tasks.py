@@ -156,6 +156,17 @@ PAIRS: dict[str, Callable[[random.Random], Pair]] = {
 }
 
 
+def practice(rows: int, judged: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The tasks of examples.json: other rows, to train deltas on."""
+    found = evaluation(rows, seed=2)
+    asked = {name: {json.dumps(_prompt(row)) for row in judged[name]} for name in found}
+    return {name: [row for row in found[name] if json.dumps(_prompt(row)) not in asked[name]] for name in found}
+
+
+def _prompt(row: Any) -> Any:
+    return row["messages"] if isinstance(row, dict) else row[0]
+
+
 def evaluation(rows: int, seed: int = 1) -> dict[str, list[Any]]:
     """The tasks of eval.json, no row twice."""
     found: dict[str, list[Any]] = {}

@@ -214,6 +214,11 @@ def fit(spectra: Mapping[str, Callable[[], Spectrum]], budget_bits: float) -> Fi
     return best
 
 
+def unaided(spectra: Mapping[str, Callable[[], Spectrum]], budget_bits: float) -> float:
+    """The delta whose values, each rounded for itself, take about so many bits."""
+    return _bisected([_Sketch.of(load()) for load in spectra.values()], budget_bits)
+
+
 def _tried(spectra: Mapping[str, Callable[[], Spectrum]], delta: float) -> tuple[float, Fit]:
     spent, coding = 0.0, {}
     for name, coded in quantise(spectra, delta):

@@ -2,7 +2,8 @@
 
 Every changed matrix, embedding and head included, is decomposed where errors weigh what they cost (`sensitivity.py`,
 `allocation.py`), and one budget is spread over all of them: what matters little gets no bytes at all. Vectors stay
-whole, and embeddings of which few rows changed are stored as those rows. The factors can be trained (`refine.py`).
+whole, and embeddings of which few rows changed are stored as those rows. Where there are examples of what the variant
+is asked, factors are trained on them (`refine.py`): at few bits that keeps far more, on any other text far less.
 Memory: one matrix at a time, but calibration holds the model where there is room (else a layer: `streaming.py`),
 choosing scales holds it twice where there is room, and so does training (and 16 bytes for each value that it trains);
 OUT.stage holds the decompositions until the delta is done. On a GPU all of it but reading and writing happens there.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta import allocation, sensitivity, spectral
+from bitdelta_core.delta import allocation, refine, sensitivity, spectral
 from bitdelta_core.delta.allocation import Fit, Spectrum
 from bitdelta_core.delta.budget import Budget, Plan
 from bitdelta_core.delta.calibration import Batches, read_calibration
@@ -34,7 +35,7 @@ from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
 from bitdelta_core.delta.moments import Metric, Metrics, unknown
 from bitdelta_core.delta.pairing import Pairing
-from bitdelta_core.delta.refine import Bench, Coding, fidelity
+from bitdelta_core.delta.refine import Bench, Coding, Training, fidelity
 from bitdelta_core.delta.spec import TensorEntry
 from bitdelta_core.delta.spectral import Coded
 from bitdelta_core.delta.stage import Stage
@@ -43,10 +44,12 @@ from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter, check_absent
 from bitdelta_core.errors import InvalidRequest
 
 Progress = Callable[[int, int, str], None]
-DISTILL = DistillOptions(steps=100, lr=0.01)
-"""Training of the factors, for whoever wants it: lr is in steps of their rounding."""
-_MARGIN = 0.95
-"""Of the budget, where training begins: values that leave zero cost bits."""
+DISTILL = DistillOptions(steps=400, batch=16, lr=0.02)
+"""Training of the factors: lr is in steps of their rounding."""
+_BATCH = 4
+"""Of calibration text."""
+_HELD_OUT, _FEWEST = 8, 16
+"""One of so many examples judges what came of the others; and how many there must be."""
 _SEARCHES = 6
 _POWERS = (0.0, 0.15, 0.3, 0.45, 0.6)
 """Of what a matrix keeps, by which its scale grows."""
@@ -74,9 +77,10 @@ class AutoOptions:
     """Of calibration: sequences, and tokens of each."""
     calibration: Path | None = None
     """None: the text that ships with bitdelta."""
-    distill: DistillOptions | None = None
-    """Its own calibration and length are not used: `calibration` and `length` are. None: no training, which fits the
-    calibration text and lost answers where we looked (docs/log.md)."""
+    examples: Path | None = None
+    """What the variant is asked, with its answers: .txt or .jsonl, thousands of them. The factors are trained on it."""
+    distill: DistillOptions = DISTILL
+    """How; of no use without examples. Its own calibration, length and seed are not used."""
     seed: int = 0
 
     def check(self) -> None:
@@ -87,11 +91,10 @@ class AutoOptions:
                 raise InvalidRequest(f"{name} must be {least} or more, got {getattr(self, name)}", param=name)
         if not 0 <= self.seed < 2**32:
             raise InvalidRequest(f"seed must be 0 to 2^32 - 1, got {self.seed}", param="seed")
-        if self.distill is not None:
-            self.distill.check()
-        if not self.calibrate and (self.distill is not None or self.min_fidelity is not None):
-            named = "distill" if self.distill is not None else "min_fidelity"
-            raise InvalidRequest(f"without calibration text there is no {named}", param=named)
+        self.distill.check()
+        for name in ("examples", "min_fidelity"):
+            if not self.calibrate and getattr(self, name) is not None:
+                raise InvalidRequest(f"without calibration text there is no {name}", param=name)
 
     @property
     def budget(self) -> Budget:
@@ -100,15 +103,24 @@ class AutoOptions:
     @property
     def reading(self) -> DistillOptions:
         """How the calibration text is cut up."""
-        batch = self.distill.batch if self.distill is not None else DISTILL.batch
-        return DistillOptions(batch=batch, length=self.length, calibration=self.calibration, seed=self.seed)
+        return DistillOptions(batch=_BATCH, length=self.length, calibration=self.calibration, seed=self.seed)
+
+    @property
+    def practising(self) -> DistillOptions:
+        """How the examples are cut up."""
+        return replace(self.distill, length=self.length, calibration=self.examples, seed=self.seed)
 
     def described(self) -> dict[str, Any]:
         """For provenance: plain values, and of a path its name."""
-        body = {key: value for key, value in asdict(self).items() if value is not None and key != "distill"}
-        training = self.distill
-        described = {k: getattr(training, k) for k in ("steps", "batch", "lr")} if training is not None else None
-        return {**body, "calibration": self.calibration.name if self.calibration else "default", "training": described}
+        body = {key: value for key, value in asdict(self).items() if value is not None}
+        training = {key: getattr(self.distill, key) for key in ("steps", "batch", "lr")}
+        named = {"calibration": self.calibration.name if self.calibration else "default"}
+        named |= {"examples": self.examples.name} if self.examples else {}
+        return {
+            **{k: v for k, v in body.items() if k != "distill"},
+            **named,
+            "training": training if self.examples else None,
+        }
 
 
 def compress(
@@ -150,16 +162,32 @@ def compress(
         )
     text = read_calibration(options.calibration) if options.calibrate else b""
     plan = Plan.of(pairing, options.budget)
+    asked = read_calibration(options.examples) if options.examples else b""
     provenance = {"options": options.described(), "calibration_sha256": hashlib.sha256(text).hexdigest()}
+    provenance |= {"examples_sha256": hashlib.sha256(asked).hexdigest()} if asked else {}
     config = plan.config(pairing, base_name=base_name, revision=revision, provenance=provenance)
     stage = Stage(out, hashlib.sha256(config.to_json()).hexdigest())
     batches = tokenise(base, fine, text, options.reading) if options.calibrate else None
-    run = Run(pairing, options, plan, stage, batches, progress, used, known)
+    examples = _examples(base, fine, asked, options) if options.examples else None
+    run = Run(pairing, options, plan, stage, batches, progress, used, known, examples)
     coding, measured = run.coding()
     config = replace(config, provenance={**config.provenance, "measured": measured}, format_version=0)
     written = _write(out, config, run, coding, shard_bytes)
     stage.remove()
     return written
+
+
+def _examples(base: Checkpoint, fine: Checkpoint, text: bytes, options: AutoOptions) -> Batches:
+    try:
+        found = tokenise(base, fine, text, options.practising)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{options.examples}: {error}", param="examples") from error
+    if len(found.found) < _FEWEST:
+        raise InvalidRequest(
+            f"{options.examples} has {len(found.found)} examples: give {_FEWEST} or more, better thousands",
+            param="examples",
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -174,6 +202,7 @@ class Run:
     progress: Progress
     device: torch.device
     known: Known | None = None
+    examples: Batches | None = None
     _models: list[Any] = field(default_factory=list)
 
     def coding(self) -> tuple[Coding, dict[str, float]]:
@@ -192,14 +221,14 @@ class Run:
             budget = self.plan.budget_bits
             found = allocation.fit(spectra, budget)
         coding = self._enlarged(spectra, found)
-        if self.options.distill is None or self.batches is None or not any(coding.values()):
+        trained = {name: load for name, load in spectra.items() if coding[name] and name not in (EMBEDDING, HEAD)}
+        if self.examples is None or not trained:
             return coding, {}
-        trained = [coded for name, coded in coding.items() if coded is not None and name not in (EMBEDDING, HEAD)]
-        values = sum(coded.a_rK.numel() + coded.b_rN.numel() for coded in trained)
+        values = sum(coded.a_rK.numel() + coded.b_rN.numel() for name in trained if (coded := coding[name]))
         needed = _TRAINED_BYTES * values + 2 * self.pairing.fine.nbytes_16bit
         if needed > 0.8 * free_bytes(self.device):
             return coding, {"untrained_for_want_of_bytes": float(needed)}
-        return self._trained(spectra, coding, budget, self.options.distill)
+        return self._trained(trained, coding, budget, self.examples)
 
     def _missing(self) -> Iterator[tuple[str, Metrics]]:
         """Matrices that no earlier run decomposed, with their metrics."""
@@ -276,18 +305,20 @@ class Run:
         return best, high * self.plan.weights
 
     def _trained(
-        self, spectra: Mapping[str, Callable[[], Spectrum]], coding: Coding, budget: float, training: DistillOptions
+        self, spectra: Mapping[str, Callable[[], Spectrum]], coding: Coding, budget: float, examples: Batches
     ) -> tuple[Coding, dict[str, float]]:
-        """The better of `coding` and of factors trained from a little below the budget."""
+        """The better of `coding` and of trained factors in as many bits, judged on examples that were held out."""
         if "trained" in self.stage:
             return _unpacked(self.stage.load("trained"))
-        bench = self._bench()
-        delta = allocation.fit(spectra, _MARGIN * budget).delta
-        trained = bench.train(
-            {name: allocation.scaled(load(), delta) for name, load in spectra.items()},
-            training,
-            lambda step: self.progress(step, training.steps, "distillation"),
-        )
+        assert self.batches is not None, "trained without text"
+        practice, held_out = examples.parted(_HELD_OUT)
+        bench, options = self._bench(held_out), self.options.distill
+        rest = {name: coded for name, coded in coding.items() if name not in spectra}
+        room = budget - sum(map(allocation.code_bits, rest.values()))
+        delta = allocation.unaided(spectra, refine.START * room)
+        starts = {name: allocation.scaled(load(), delta) for name, load in spectra.items()}
+        training = Training(starts, rest, room, lambda step: self.progress(step, options.steps, "distillation"))
+        trained = bench.train(training, options, practice.beside(self.batches))
         measured = {"kl_base": bench.kl({}), "kl_untrained": bench.kl(coding), "kl_trained": bench.kl(trained)}
         fits = sum(map(allocation.code_bits, trained.values())) <= budget
         if fits and measured["kl_trained"] < measured["kl_untrained"]:
@@ -295,9 +326,11 @@ class Run:
         self.stage.save("trained", _packed(coding, measured))
         return _unpacked(self.stage.load("trained"))
 
-    def _bench(self) -> Bench:
-        assert self.batches is not None, "judged without text"
-        return Bench(self._model(0), self._model(1), {n: self._unchanged(n) for n in self.plan.pool}, self.batches)
+    def _bench(self, judged: Batches | None = None) -> Bench:
+        """Judged on calibration text, where nothing else is given."""
+        judged = judged or self.batches
+        assert judged is not None, "judged without text"
+        return Bench(self._model(0), self._model(1), {n: self._unchanged(n) for n in self.plan.pool}, judged)
 
     def _model(self, index: int) -> Any:
         while len(self._models) <= index:

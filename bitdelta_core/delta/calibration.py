@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from bitdelta_core.errors import InvalidRequest
 
 DEFAULT_TEXT = "calibration.txt"
+_SHORT = 64
+"""Tokens that a text has at least."""
 
 
 def read_calibration(file: Path | None) -> bytes:
@@ -31,7 +34,8 @@ def read_calibration(file: Path | None) -> bytes:
 def sequences(text: bytes, tokenizer: Any, *, length: int, jsonl: bool) -> list[list[int]]:
     """Token sequences of at most `length`: plain text in consecutive pieces, jsonl one per line, cut off.
 
-    A line of jsonl holds "text", or "messages" for the tokenizer's chat template.
+    A line of jsonl holds "text", "messages" for the tokenizer's chat template, or "prompt" and "completion", which the
+    end of text follows.
     """
     if jsonl:
         found = [ids[:length] for ids in _lines(text, tokenizer)]
@@ -53,6 +57,20 @@ class Batches:
     found: list[list[int]]
     size: int
     seed: int = 0
+
+    def parted(self, share: int) -> tuple[Batches, Batches]:
+        """All but every so-manieth sequence, and these."""
+        rest = [ids for i, ids in enumerate(self.found) if i % share]
+        return replace(self, found=rest), replace(self, found=self.found[::share])
+
+    def beside(self, other: Batches) -> Batches:
+        """And as many tokens of the other's sequences, if there are so many, cut to about the length of these: what
+        lies together in a batch is padded to the longest."""
+        longest = max(_SHORT, *map(len, self.found))
+        cut = [ids[:longest] for ids in other.found]
+        wanted, before = sum(map(len, self.found)), itertools.accumulate(map(len, cut), initial=0)
+        more = [ids for ids, count in zip(cut, before, strict=False) if count < wanted]
+        return replace(self, found=[*self.found, *more])
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(token ids [B, L] int64, mask [B, L] bool), without end."""
@@ -83,8 +101,19 @@ def _lines(text: bytes, tokenizer: Any) -> Iterator[list[int]]:
             yield _chat(body["messages"], tokenizer, number)
         elif isinstance(body, dict) and isinstance(body.get("text"), str):
             yield tokenizer(body["text"])["input_ids"]
+        elif isinstance(body, dict) and all(isinstance(body.get(key), str) for key in ("prompt", "completion")):
+            yield _answered(body["prompt"], body["completion"], tokenizer)
         else:
-            raise InvalidRequest(f'calibration line {number} has neither "text" nor "messages"', param="calibration")
+            raise InvalidRequest(
+                f'calibration line {number} has neither "text" nor "messages" nor "prompt" and "completion"',
+                param="calibration",
+            )
+
+
+def _answered(prompt: str, completion: str, tokenizer: Any) -> list[int]:
+    """Each for itself: where they meet, tokens are those of a prompt that was answered."""
+    head, tail = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
+    return [*_prefix(tokenizer), *head, *tail, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
 
 
 def _chat(messages: list[Any], tokenizer: Any, number: int) -> list[int]:

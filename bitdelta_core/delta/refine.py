@@ -1,7 +1,8 @@
-"""Judging and training coded factors against the fine-tune: KL divergence of its predictions on calibration text.
+"""Judging and training coded factors against the fine-tune: KL divergence of its predictions on some text.
 
 Training moves the factors under the rounding that is stored: forward with rounded values, gradients passed straight to
-the values underneath (Bengio et al., arXiv 1308.3432), exact for everything else.
+the values underneath (Bengio et al., arXiv 1308.3432), exact for everything else. What it moves away from zero costs
+bits, so all values are pulled back, small ones most, and the harder the nearer their code is to its budget.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,15 +18,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bitdelta_core.delta import entropy
+from bitdelta_core.delta import allocation, entropy
 from bitdelta_core.delta.allocation import Scaled
 from bitdelta_core.delta.calibration import Batches
 from bitdelta_core.delta.distill import DistillOptions
-from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.spectral import Coded, component_scales
 
+START = 0.75
+"""Of the budget, for values rounded each for itself: training fills the rest."""
 _JUDGED = 8
 """Batches."""
+_WEIGHED = 10
+"""Steps between two looks at what the code takes."""
+_FULL = 0.99
+"""Of the budget."""
+_PULL, _LEAST_PULL, _MOST_PULL = 0.1, 1e-3, 1.0
+"""Of the learning rate, by which values near zero are pulled in a step: at first, and from where to where it moves."""
+_HARDER, _SOFTER = 1.5, 0.7
 Coding = Mapping[str, Coded | None]
 
 
@@ -61,7 +71,19 @@ class SpectralLinear(nn.Module):
     def trained(self) -> Coded | None:
         """The factors as they would be stored, components that died left out."""
         found = Scaled(self.a.detach(), self.b.detach(), self.start.scale, self.start.exponent_r.to(self.a.device))
-        return _on_cpu(found.rounded())
+        return found.rounded()
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained, and what it may take."""
+
+    starts: Mapping[str, Scaled | None]
+    rest: Coding
+    """Matrices that stay as they are."""
+    budget_bits: float
+    """Of all that is trained."""
+    progress: Callable[[int], None] = lambda step: None
 
 
 class Bench:
@@ -89,28 +111,31 @@ class Bench:
             batches = list(itertools.islice(self.batches, _JUDGED))
             return [(batch, self._predicted(self.teacher, *batch)) for batch in batches]
 
-    def train(
-        self, starts: Mapping[str, Scaled | None], options: DistillOptions, progress: Callable[[int], None]
-    ) -> dict[str, Coded | None]:
-        """Factors after training; embedding and head stay as they are. Stops early when the loss is not finite."""
-        coding = {name: None if start is None else _on_cpu(start.rounded()) for name, start in starts.items()}
-        self._set({name: coded for name, coded in coding.items() if name in (EMBEDDING, HEAD)})
-        layers = {n: self._install(n, s) for n, s in starts.items() if s is not None and n not in (EMBEDDING, HEAD)}
+    def train(self, training: Training, options: DistillOptions, batches: Batches) -> dict[str, Coded | None]:
+        """All factors after training. Stops early when the loss is not finite."""
+        self._set(training.rest)
+        layers = {name: self._install(name, start) for name, start in training.starts.items() if start is not None}
         factors = [side for layer in layers.values() for side in (layer.a, layer.b)]
         optimizer = torch.optim.Adam(factors, lr=options.lr, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
-        for step, batch in zip(range(options.steps), self.batches, strict=False):
+        pull = _PULL
+        for step, batch in zip(range(options.steps), batches, strict=False):
             optimizer.zero_grad()
             loss = self._loss(*batch)
             if not loss.isfinite():
                 break
             loss.backward()
             optimizer.step()
+            for side in factors:
+                _pull(side, pull * float(schedule.get_last_lr()[0]))
             schedule.step()
-            progress(step + 1)
+            if step % _WEIGHED == _WEIGHED - 1:
+                full = sum(map(allocation.code_bits, _trained(layers).values())) > _FULL * training.budget_bits
+                pull = min(max(pull * (_HARDER if full else _SOFTER), _LEAST_PULL), _MOST_PULL)
+            training.progress(step + 1)
         for name, layer in layers.items():
             self._put(name, layer.linear)
-        return {**coding, **{name: layer.trained() for name, layer in layers.items()}}
+        return {**training.rest, **{name: _on_cpu(coded) for name, coded in _trained(layers).items()}}
 
     def _loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -138,6 +163,16 @@ class Bench:
     def _put(self, name: str, module: nn.Module) -> None:
         path, _, leaf = name.removesuffix(".weight").rpartition(".")
         setattr(self.student.get_submodule(path), leaf, module)
+
+
+def _trained(layers: Mapping[str, SpectralLinear]) -> dict[str, Coded | None]:
+    return {name: layer.trained() for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def _pull(values: torch.Tensor, most: float) -> None:
+    """Towards zero by at most so much: the derivative of log(1 + |x|), about what a value costs."""
+    values.sub_(values.sign() * values.abs().clamp(max=most) / (1 + values.abs()))
 
 
 def _divergence(wanted: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

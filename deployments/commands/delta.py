@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -105,13 +105,23 @@ def compress(
     seed: Annotated[int | None, typer.Option(help="deltadq: of the masks (default: 0).")] = None,
     distill: Annotated[
         bool | None,
-        typer.Option("--distill/--no-distill", help="Train against the fine-tune. (default: on; auto: off)"),
+        typer.Option(
+            "--distill/--no-distill", help="Train against the fine-tune. (default: on; auto: with --examples)"
+        ),
     ] = None,
-    distill_steps: Annotated[int | None, typer.Option(help="Steps of training (default: 200).")] = None,
-    distill_batch: Annotated[int | None, typer.Option(help="Texts per step (default: 4).")] = None,
+    distill_steps: Annotated[int | None, typer.Option(help="Steps of training (default: 200; auto: 400).")] = None,
+    distill_batch: Annotated[int | None, typer.Option(help="Texts per step (default: 4; auto: 16).")] = None,
     distill_length: Annotated[int | None, typer.Option(help="Tokens per text. (default: 128)")] = None,
-    distill_lr: Annotated[float | None, typer.Option(help="Of Adam, relative to each scale (default: 0.03).")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text to distil on: .txt or .jsonl.")] = None,
+    distill_lr: Annotated[
+        float | None, typer.Option(help="Of Adam, relative to each scale (default: 0.03); auto: in steps (0.02).")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to distil on: .txt or .jsonl. auto: to measure on.")
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="auto: what the variant is asked and answers, to train on: .txt or .jsonl, thousands."),
+    ] = None,
     base_name: Annotated[str | None, typer.Option(help="Name of the base to record.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the base to record.")] = None,
     device: Annotated[Device | None, typer.Option(help="Where to compute. (default: a GPU where there is one)")] = None,
@@ -126,7 +136,7 @@ def compress(
     dropping = {"ratio": ratio, "mask_rows": mask_rows, "group": group, "seed": seed}
     limits = {"max_bytes": max_bytes, "min_fidelity": min_fidelity}
     training = {"steps": distill_steps, "batch": distill_batch, "length": distill_length, "lr": distill_lr}
-    given = _given({**training, "calibration": calibration})
+    given = _given({**training, "calibration": calibration, "examples": examples})
     _quieten_transformers()
     named: dict[str, Any] = {"base_name": base_name, "revision": revision, "device": device.value if device else None}
     with _progress("compress") as progress:
@@ -140,9 +150,8 @@ def compress(
             room.compress(base, finetune, out, options, distillation=distillation, **named, progress=progress)
     summary = summarise(open_delta(out))
     _print_summary(summary)
-    losses = summary.provenance.get("distillation", {})
-    if losses and losses.get("loss_after") == losses.get("loss_before"):
-        typer.echo("distillation did not lower the loss: the scales are untrained; try a lower --distill-lr", err=True)
+    if failed := _failed_training(summary.provenance):
+        typer.echo(failed, err=True)
 
 
 def inspect(
@@ -244,6 +253,8 @@ def _compress_options(
         if unused:
             raise InvalidRequest(f"codec dense has nothing to do with {', '.join(unused)}", param=unused[0])
         return CompressOptions(**coding), None
+    if "examples" in training:
+        raise InvalidRequest("codec bitdelta trains its scales on --calibration, not on examples", param="examples")
     if distill is False:
         if training:
             raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(training))}", param="distill")
@@ -264,14 +275,28 @@ def _auto_options(
     unused = sorted({"scale_layout", "embeddings", "dtype"} & coding.keys() | dropping.keys() - {"seed"})
     if unused:
         raise InvalidRequest(f"codec auto has nothing to do with {', '.join(unused)}", param=unused[0])
-    own = {key: training[key] for key in ("calibration", "length") if key in training}
+    own = {key: training[key] for key in ("calibration", "length", "examples") if key in training}
     if not limits or "bits" in coding:
         own["bits"] = coding.get("bits", 1.0)
     steps = {key: training[key] for key in ("steps", "batch", "lr") if key in training}
-    if distill is False and steps:
-        raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(steps))}", param="distill")
-    trained = replace(DISTILL, **steps) if distill or steps else None
-    return AutoOptions(**own, **limits, **{k: v for k, v in dropping.items() if k == "seed"}, distill=trained)
+    trained = steps | ({"examples": None} if "examples" in own else {})
+    if distill is False and trained:
+        raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(trained))}", param="distill")
+    if (distill or steps) and "examples" not in own:
+        raise InvalidRequest("codec auto is trained on what the variant is asked: give --examples", param="distill")
+    own |= {key: value for key, value in dropping.items() if key == "seed"}
+    return AutoOptions(**own, **limits, distill=replace(DISTILL, **steps))
+
+
+def _failed_training(provenance: Mapping[str, Any]) -> str | None:
+    losses, measured = provenance.get("distillation", {}), provenance.get("measured", {})
+    if losses and losses.get("loss_after") == losses.get("loss_before"):
+        return "distillation did not lower the loss: the scales are untrained; try a lower --distill-lr"
+    if measured.get("kl_trained", -1) >= measured.get("kl_untrained", 0):
+        return "training did not help on the examples held out: the factors are untrained; give more, or fewer steps"
+    if needed := measured.get("untrained_for_want_of_bytes"):
+        return f"training would take {_size(int(needed))} of memory, for which there is no room: it was left out"
+    return None
 
 
 def _dropout_options(

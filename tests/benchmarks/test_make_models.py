@@ -7,11 +7,13 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from make_models_tasks import PAIRS, chat, evaluation, largest
+from fidelity_examples import write_examples
+from make_models_tasks import PAIRS, chat, evaluation, largest, practice
 from make_models_train import answers, likelihood, preference, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -96,6 +98,29 @@ def test_preferences_and_conversations() -> None:
         assert int(wrong) in numbers
     assert all(row["messages"][0]["role"] == "user" and row["answer"] for row in (chat(rng) for _ in range(20)))
     assert evaluation(20) == evaluation(20) != evaluation(20, seed=2)
+
+
+def test_nothing_is_trained_on_that_is_judged(tmp_path: Path) -> None:
+    judged = evaluation(300)
+    found = practice(300, judged)
+    assert found.keys() == judged.keys()
+    assert all(
+        not {json.dumps(row) for row in found[name]} & {json.dumps(row) for row in judged[name]} for name in found
+    )
+    assert len(found["sort"]) > 250
+    args = SimpleNamespace(eval=tmp_path / "eval.json")
+    rows = [["p0", "a0"], {"messages": [{"role": "user", "content": "p1"}], "answer": "a1"}, "text 2", ["p3", "a3"]]
+    kept = read(write_examples(args, "sort", rows, [3], tmp_path / "out.jsonl"))  # pyright: ignore[reportArgumentType]
+    assert kept[0] == {"prompt": "p0", "completion": "a0"}
+    assert kept[1]["messages"][1] == {"role": "assistant", "content": "a1"}
+    assert kept[2:] == [{"text": "text 2"}]
+    (tmp_path / "examples.json").write_text(json.dumps({"sort": [["p9", "a9"]]}))
+    others = read(write_examples(args, "sort", rows, [3], tmp_path / "out.jsonl"))  # pyright: ignore[reportArgumentType]
+    assert others == [{"prompt": "p9", "completion": "a9"}]
+
+
+def read(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def small() -> Any:

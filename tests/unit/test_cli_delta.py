@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -160,11 +161,32 @@ def test_compress_with_dropout_and_with_a_budget(base: Path, fine: Path, tmp_pat
         (("--codec", "auto", "--bits", 1, "--scale", "row"), "scale_layout"),
         (("--codec", "auto", "--bits", 1, "--ratio", 64), "ratio"),
         (("--codec", "auto", "--bits", 1, "--no-distill", "--distill-steps", 3), "steps"),
+        (("--codec", "auto", "--bits", 1, "--no-distill", "--examples", "x.txt"), "examples"),
+        (("--codec", "auto", "--bits", 1, "--distill"), "give --examples"),
+        (("--examples", "x.txt"), "trains its scales on --calibration"),
     ],
 )
 def test_flags_of_other_codecs_are_refused(base: Path, fine: Path, tmp_path: Path, words: tuple, named: str) -> None:
     assert isinstance(error := refusal("compress", base, fine, tmp_path / "d", *words), InvalidRequest)
     assert named in str(error)
+
+
+def test_auto_learns_from_examples_or_says_why_not(base: Path, fine: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "What is written?", "completion": " All that is to be learnt."}\n' * 40)
+    words = ("--codec", "auto", "--bits", 0.5, "--distill-length", 48, "--distill-batch", 2, "--examples", asked)
+    for steps, lr, complaint in ((60, 0.05, ""), (3, 1e3, "training did not help on the examples held out")):
+        result = run(
+            "compress", base, fine, tmp_path / f"{steps}", *words, "--distill-steps", steps, "--distill-lr", lr
+        )
+        assert result.exit_code == 0, result.output
+        assert (complaint in result.stderr) if complaint else not result.stderr
+    provenance = open_delta(tmp_path / "60").config.provenance
+    assert provenance["options"]["training"] == {"steps": 60, "batch": 2, "lr": 0.05}
+    assert provenance["examples_sha256"] == hashlib.sha256(asked.read_bytes()).hexdigest()
+    for text, named in (("{}\n", "asked.jsonl: calibration line 1"), ('{"text": "a b"}\n' * 9, "has 9 examples")):
+        asked.write_text(text)
+        assert named in str(refusal("compress", base, fine, tmp_path / "refused", *words))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

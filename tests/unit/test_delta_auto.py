@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta import allocation, auto, feedback, sensitivity, spectral
+from bitdelta_core.delta import allocation, auto, feedback, refine, sensitivity, spectral
 from bitdelta_core.delta.auto import AutoOptions, DistillOptions
 from bitdelta_core.delta.calibration import Batches
 from bitdelta_core.delta.format import DeltaReader, open_delta
@@ -27,7 +27,7 @@ from tests.unit.by_the_book import coded_integers
 
 UP = "model.layers.0.mlp.up_proj.weight"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PLAIN = {"calibrate": False, "distill": None}
+PLAIN = {"calibrate": False}
 
 
 @pytest.fixture(scope="module")
@@ -175,19 +175,42 @@ def test_equal_runs_give_equal_bytes_and_an_interrupted_one_goes_on(
 
 def test_training_is_kept_only_where_it_helps(base: Path, tmp_path: Path) -> None:
     fine = make_finetune(base, tmp_path / "fine", scale=0.3, only="proj")
-    text = tmp_path / "text.txt"
-    text.write_text("What is written here is all that there is to learn from. " * 6)
-    reading = {"calibrate": True, "texts": 4, "length": 24, "calibration": text, "bits": 0.6}
+    asked = tmp_path / "asked.txt"
+    asked.write_text("What is written here is all that there is to learn from. " * 40)
+    reading = {"calibrate": True, "texts": 4, "length": 24, "bits": 0.6}
     plain = compressed(base, fine, tmp_path / "plain", **reading)
-    for name, lr, helps in (("gentle", 0.02, True), ("wild", 50.0, False)):
-        delta = compressed(base, fine, tmp_path / name, **reading, distill=DistillOptions(steps=12, batch=2, lr=lr))
-        measured = delta.config.provenance["measured"]
-        assert (measured["kl_trained"] < measured["kl_untrained"] < measured["kl_base"]) == helps
-        assert (
+    for name, lr, helps in (("gentle", 0.05, True), ("wild", 50.0, False)):
+        training = DistillOptions(steps=60, batch=4, lr=lr)
+        delta = compressed(base, fine, tmp_path / name, **reading, examples=asked, distill=training)
+        measured, options = (delta.config.provenance[key] for key in ("measured", "options"))
+        assert (measured["kl_trained"] < 0.5 * measured["kl_untrained"]) == helps
+        assert options["examples"] == "asked.txt"
+        assert options["training"] == {"steps": 60, "batch": 4, "lr": lr}
+        same = (
             delta.part(delta.config.tensors[UP], "code").tolist()
             == plain.part(plain.config.tensors[UP], "code").tolist()
-        ) != helps
+        )
+        assert same != helps
         assert summarise(delta).bytes_by_kind["linears"] * 8 <= 0.6 * 48 * (48 * 2 + 32 * 2 + 88 * 3)
+
+
+def test_training_fills_its_budget_and_no_more(base: Path, tmp_path: Path) -> None:
+    """Away from where it starts, three quarters of it, and held back however far values would go."""
+    fine = make_finetune(base, tmp_path / "fine", scale=0.3, only="proj")
+    text = [[1, *range(start, start + 20)] for start in range(5, 90)]
+    teacher, student = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (fine, fine))
+    own, new = Checkpoint(base), Checkpoint(fine)
+    differences = {name: (new.get(name) - own.get(name)).float() for name in own.names if "proj" in name}
+    spectra = {name: allocation.decompose(d, Metric(), Metric(), 48) for name, d in differences.items()}
+    loads = {name: (lambda found=found: found) for name, found in spectra.items()}
+    budget = 0.5 * sum(found.numel for found in spectra.values())
+    delta = allocation.unaided(loads, refine.START * budget)
+    starts = {name: allocation.scaled(found, delta) for name, found in spectra.items()}
+    bench = Bench(teacher, student, {n: own.get(n) for n in spectra}, Batches(text, 4))
+    begun = sum(allocation.code_bits(start.rounded()) for start in starts.values() if start)
+    assert begun == pytest.approx(refine.START * budget, rel=0.1)
+    trained = bench.train(refine.Training(starts, {}, budget), DistillOptions(steps=150, lr=0.05), Batches(text, 4))
+    assert 1.02 * begun < sum(map(allocation.code_bits, trained.values())) <= 1.05 * budget
 
 
 def test_gradients_pass_the_rounding(base: Path) -> None:
@@ -218,7 +241,7 @@ def test_fidelity_that_is_asked_for_is_reached(base: Path, fine: Path, tmp_path:
         fields = {"calibrate": True, "texts": 4, "length": 24, "min_fidelity": wanted}
         delta = compressed(base, fine, tmp_path / f"{wanted}", **fields)
         sizes[wanted] = delta.nbytes
-        options = AutoOptions(calibrate=True, texts=4, length=24, min_fidelity=wanted, distill=None)
+        options = AutoOptions(calibrate=True, texts=4, length=24, min_fidelity=wanted)
         batches = auto.tokenise(Checkpoint(base), Checkpoint(fine), auto.read_calibration(None), options.reading)
         teacher, student = (AutoModelForCausalLM.from_pretrained(fine, dtype=torch.float32).eval() for _ in range(2))
         restored = restore(base, delta.path, tmp_path / f"r{wanted}")
@@ -291,7 +314,8 @@ def test_a_code_that_does_not_decode_names_its_tensor(base: Path, fine: Path, tm
         ({"bits": 0.01}, "bits must be"),
         ({"min_fidelity": 1.0, "calibrate": True}, "min_fidelity must be"),
         ({"min_fidelity": 0.9}, "without calibration text there is no min_fidelity"),
-        ({"bits": 1.0, "distill": DistillOptions()}, "without calibration text there is no distill"),
+        ({"bits": 1.0, "examples": Path("some.txt")}, "without calibration text there is no examples"),
+        ({"bits": 1.0, "distill": DistillOptions(steps=0)}, "distill steps must be"),
         ({"bits": 1.0, "texts": 0}, "texts must be"),
         ({"max_bytes": 2000}, "takes up to"),
     ],

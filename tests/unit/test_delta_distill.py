@@ -160,12 +160,14 @@ def test_calibration_files(base: Path, fine: Path, tmp_path: Path) -> None:
     plain = sequences(b"abcdefghij" * 3, tokenizer, length=11, jsonl=False)
     assert [len(ids) for ids in plain] == [11, 11, 11]
     assert all(ids[0] == tokenizer.bos_token_id for ids in plain)
-    lines = [{"text": "hello"}, {"messages": [{"role": "user", "content": "hi"}]}]
+    asked = {"prompt": "one", "completion": " two"}
+    lines = [{"text": "hello"}, {"messages": [{"role": "user", "content": "hi"}]}, asked]
     text = "\n".join(json.dumps(line) for line in lines).encode()
     decoded = [tokenizer.decode(ids) for ids in sequences(text, tokenizer, length=64, jsonl=True)]
     assert "hello" in decoded[0]
     assert decoded[1] == "<|user|>hi\n"
-    for bad in (b"", b'{"other": 1}', b"no json", b"\xff\xfe", b'{"messages": [1]}'):
+    assert decoded[2] == f"{tokenizer.bos_token}one two{tokenizer.eos_token}"
+    for bad in (b"", b'{"other": 1}', b'{"prompt": "alone"}', b"no json", b"\xff\xfe", b'{"messages": [1]}'):
         with pytest.raises(InvalidRequest, match="calibration"):
             sequences(bad, tokenizer, length=8, jsonl=True)
     for file, named in ((tmp_path / "x.csv", ".jsonl"), (tmp_path / "none.txt", "cannot be read")):
@@ -182,6 +184,16 @@ def test_batches_pad_mask_and_repeat() -> None:
         assert (ids[~mask] == 0).all()
         seen += ids[mask].tolist()
     assert sorted(seen) == sorted([1, 2, 3, 4, 5, 6] * 2)
+
+
+def test_batches_are_parted_and_put_beside_others() -> None:
+    practice, held_out = Batches([[n, n] for n in range(9)], size=4, seed=3).parted(4)
+    assert held_out == Batches([[0, 0], [4, 4], [8, 8]], size=4, seed=3)
+    assert sorted(practice.found + held_out.found) == [[n, n] for n in range(9)]
+    both = practice.beside(Batches([[100] * 5, [101] * 6, [102] * 7, [103]], size=9))
+    assert both == Batches([*practice.found, [100] * 5, [101] * 6, [102] * 7], size=4, seed=3), "11 tokens: one more"
+    assert practice.beside(Batches([[104] * 90], size=9)).found[-1] == [104] * 64
+    assert practice.beside(Batches([[100]], size=1)).found == [*practice.found, [100]]
 
 
 def test_training_that_diverges_leaves_the_scales_as_they_were(base: Path, fine: Path, tmp_path: Path) -> None:
