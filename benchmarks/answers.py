@@ -34,8 +34,8 @@ from revision import commit, shortened
 
 from bitdelta_core import Engine, EngineConfig, SamplingParams
 from bitdelta_core.checkpoint import Checkpoint
-from bitdelta_core.delta.auto import AutoOptions
 from bitdelta_core.delta.auto import compress as compress_auto
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.compress import compress
 from bitdelta_core.delta.distill import DistillOptions
 from bitdelta_core.delta.format import open_delta

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from synthetic import SHAPES, Shape, write_base
 
 from bitdelta_core.delta import auto
-from bitdelta_core.delta.auto import AutoOptions
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.calibration import read_calibration
 from bitdelta_core.delta.format import open_delta
 from bitdelta_core.delta.inspect import Summary, summarise

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import auto, spectral
 from bitdelta_core.delta.allocation import Spectrum
-from bitdelta_core.delta.auto import AutoOptions
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.calibration import read_calibration
 from bitdelta_core.delta.codecs import decode_parts
 from bitdelta_core.delta.compress import compress

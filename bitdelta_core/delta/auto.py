@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ import torch
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import allocation, refine, sensitivity, spectral
 from bitdelta_core.delta.allocation import Fit, Spectrum
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.budget import Budget, Plan
 from bitdelta_core.delta.calibration import Batches, read_calibration
 from bitdelta_core.delta.codecs import encode
 from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.delta.device import chosen_device, free_bytes
-from bitdelta_core.delta.distill import DistillOptions, tokenise
+from bitdelta_core.delta.distill import tokenise
 from bitdelta_core.delta.format import EMBEDDING, HEAD
 from bitdelta_core.delta.lora import is_adapter
 from bitdelta_core.delta.moments import Metric, Metrics, unknown
@@ -44,10 +45,6 @@ from bitdelta_core.delta.writer import SHARD_BYTES, DeltaWriter, check_absent
 from bitdelta_core.errors import InvalidRequest
 
 Progress = Callable[[int, int, str], None]
-DISTILL = DistillOptions(steps=400, batch=16, lr=0.02)
-"""Training of the factors: lr is in steps of their rounding."""
-_BATCH = 4
-"""Of calibration text."""
 _HELD_OUT, _FEWEST = 8, 16
 """One of so many examples judges what came of the others; and how many there must be."""
 _SEARCHES = 6
@@ -58,69 +55,6 @@ _UNSEEN_POWER = 0.15
 _TRAINED_BYTES = 16
 """Of a value: itself, its gradient, and Adam's two moments, in fp32."""
 Known = MutableMapping[str, Spectrum]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AutoOptions:
-    """Exactly one of the three budgets."""
-
-    bits: float | None = None
-    """Per weight of the changed matrices, embeddings and head included."""
-    max_bytes: int | None = None
-    """Of the whole delta, every file."""
-    min_fidelity: float | None = None
-    """1 - KL(fine-tune || variant) / KL(fine-tune || no matrix changed), on calibration text, before training."""
-    calibrate: bool = True
-    """Weigh errors by what they cost on calibration text as well, not by the difference's own moments alone."""
-    texts: int = 192
-    length: int = 128
-    """Of calibration: sequences, and tokens of each."""
-    calibration: Path | None = None
-    """None: the text that ships with bitdelta."""
-    examples: Path | None = None
-    """What the variant is asked, with its answers: .txt or .jsonl, thousands of them. The factors are trained on it."""
-    distill: DistillOptions = DISTILL
-    """How; of no use without examples. Its own calibration, length and seed are not used."""
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise InvalidRequest naming the first option out of range."""
-        self.budget.check()
-        for name, least in (("texts", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise InvalidRequest(f"{name} must be {least} or more, got {getattr(self, name)}", param=name)
-        if not 0 <= self.seed < 2**32:
-            raise InvalidRequest(f"seed must be 0 to 2^32 - 1, got {self.seed}", param="seed")
-        self.distill.check()
-        for name in ("examples", "min_fidelity"):
-            if not self.calibrate and getattr(self, name) is not None:
-                raise InvalidRequest(f"without calibration text there is no {name}", param=name)
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(bits=self.bits, max_bytes=self.max_bytes, min_fidelity=self.min_fidelity)
-
-    @property
-    def reading(self) -> DistillOptions:
-        """How the calibration text is cut up."""
-        return DistillOptions(batch=_BATCH, length=self.length, calibration=self.calibration, seed=self.seed)
-
-    @property
-    def practising(self) -> DistillOptions:
-        """How the examples are cut up."""
-        return replace(self.distill, length=self.length, calibration=self.examples, seed=self.seed)
-
-    def described(self) -> dict[str, Any]:
-        """For provenance: plain values, and of a path its name."""
-        body = {key: value for key, value in asdict(self).items() if value is not None}
-        training = {key: getattr(self.distill, key) for key in ("steps", "batch", "lr")}
-        named = {"calibration": self.calibration.name if self.calibration else "default"}
-        named |= {"examples": self.examples.name} if self.examples else {}
-        return {
-            **{k: v for k, v in body.items() if k != "distill"},
-            **named,
-            "training": training if self.examples else None,
-        }
 
 
 def compress(

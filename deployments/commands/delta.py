@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bitdelta_core.delta.auto import AutoOptions
+    from bitdelta_core.delta.auto_options import AutoOptions
     from bitdelta_core.delta.distill import DistillOptions
     from bitdelta_core.delta.inspect import Summary
     from bitdelta_core.delta.planning import CompressOptions
@@ -269,7 +269,7 @@ def _auto_options(
     distill: bool | None,
     training: dict[str, Any],
 ) -> AutoOptions:
-    from bitdelta_core.delta.auto import DISTILL, AutoOptions
+    from bitdelta_core.delta.auto_options import DISTILL, AutoOptions
     from bitdelta_core.errors import InvalidRequest
 
     unused = sorted({"scale_layout", "embeddings", "dtype"} & coding.keys() | dropping.keys() - {"seed"})

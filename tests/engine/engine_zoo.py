@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitdelta_core.delta import auto
-from bitdelta_core.delta.auto import AutoOptions
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.compress import compress
 from bitdelta_core.delta.dropout import DropoutOptions
 from bitdelta_core.delta.planning import CompressOptions

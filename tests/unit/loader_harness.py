@@ -17,7 +17,7 @@ import torch
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import auto
-from bitdelta_core.delta.auto import AutoOptions
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.config import DeltaConfig
 from bitdelta_core.delta.writer import write
 from bitdelta_core.engine.accelerator import Plain

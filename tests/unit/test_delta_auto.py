@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import allocation, auto, feedback, refine, sensitivity, spectral
-from bitdelta_core.delta.auto import AutoOptions, DistillOptions
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.calibration import Batches
+from bitdelta_core.delta.distill import DistillOptions
 from bitdelta_core.delta.format import DeltaReader, open_delta
 from bitdelta_core.delta.inspect import summarise
 from bitdelta_core.delta.moments import Metric

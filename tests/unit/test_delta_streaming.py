@@ -12,7 +12,7 @@ import torch
 
 from bitdelta_core.checkpoint import Checkpoint
 from bitdelta_core.delta import auto, sensitivity, streaming
-from bitdelta_core.delta.auto import AutoOptions
+from bitdelta_core.delta.auto_options import AutoOptions
 from bitdelta_core.delta.calibration import Batches
 from bitdelta_core.delta.format import EMBEDDING, HEAD, open_delta
 from bitdelta_core.delta.pairing import parameters
