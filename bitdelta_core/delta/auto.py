@@ -254,9 +254,10 @@ class Run:
         training = Training(starts, rest, room, lambda step: self.progress(step, options.steps, "distillation"))
         trained = bench.train(training, options, practice.beside(self.batches))
         measured = {"kl_base": bench.kl({}), "kl_untrained": bench.kl(coding), "kl_trained": bench.kl(trained)}
-        fits = sum(map(allocation.code_bits, trained.values())) <= budget
-        if fits and measured["kl_trained"] < measured["kl_untrained"]:
+        measured["trained_of_budget"] = sum(map(allocation.code_bits, trained.values())) / budget
+        if measured["trained_of_budget"] <= 1 and measured["kl_trained"] < measured["kl_untrained"]:
             coding = trained
+        measured = {key: value for key, value in measured.items() if math.isfinite(value)}
         self.stage.save("trained", _packed(coding, measured))
         return _unpacked(self.stage.load("trained"))
 

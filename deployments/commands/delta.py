@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -292,8 +293,10 @@ def _failed_training(provenance: Mapping[str, Any]) -> str | None:
     losses, measured = provenance.get("distillation", {}), provenance.get("measured", {})
     if losses and losses.get("loss_after") == losses.get("loss_before"):
         return "distillation did not lower the loss: the scales are untrained; try a lower --distill-lr"
-    if measured.get("kl_trained", -1) >= measured.get("kl_untrained", 0):
+    if "kl_untrained" in measured and not measured.get("kl_trained", math.inf) < measured["kl_untrained"]:
         return "training did not help on the examples held out: the factors are untrained; give more, or fewer steps"
+    if measured.get("trained_of_budget", 0) > 1:
+        return "training went over the budget: the factors are untrained; try a lower --distill-lr"
     if needed := measured.get("untrained_for_want_of_bytes"):
         return f"training would take {_size(int(needed))} of memory, for which there is no room: it was left out"
     return None

@@ -17,6 +17,7 @@ from bitdelta_core.delta.format import open_delta
 from bitdelta_core.errors import BitDeltaError, CheckpointError, InvalidRequest
 from deployments import cli
 from deployments.cli import app
+from deployments.commands.delta import _failed_training
 from tests.tiny import make_base, make_finetune
 
 
@@ -171,6 +172,20 @@ def test_flags_of_other_codecs_are_refused(base: Path, fine: Path, tmp_path: Pat
     assert named in str(error)
 
 
+def test_what_is_said_of_training_that_came_to_nothing() -> None:
+    better = {"kl_untrained": 2.0, "kl_trained": 1.0, "trained_of_budget": 0.9}
+    assert _failed_training({}) is _failed_training({"measured": better}) is None
+    for measured, named in (
+        ({"kl_trained": 2.0}, "did not help"),
+        ({"trained_of_budget": 1.1}, "over the budget"),
+        ({"untrained_for_want_of_bytes": 3e9}, "3.000 GB"),
+    ):
+        assert named in (_failed_training({"measured": {**better, **measured}}) or "")
+    diverged = {"kl_untrained": 2.0, "trained_of_budget": 0.9}
+    assert "did not help" in (_failed_training({"measured": diverged}) or "")
+    assert "lower the loss" in (_failed_training({"distillation": {"loss_before": 1.0, "loss_after": 1.0}}) or "")
+
+
 def test_auto_learns_from_examples_or_says_why_not(base: Path, fine: Path, tmp_path: Path) -> None:
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"prompt": "What is written?", "completion": " All that is to be learnt."}\n' * 40)
@@ -182,6 +197,7 @@ def test_auto_learns_from_examples_or_says_why_not(base: Path, fine: Path, tmp_p
         assert result.exit_code == 0, result.output
         assert (complaint in result.stderr) if complaint else not result.stderr
     provenance = open_delta(tmp_path / "60").config.provenance
+    assert 0.7 < provenance["measured"]["trained_of_budget"] <= 1
     assert provenance["options"]["training"] == {"steps": 60, "batch": 2, "lr": 0.05}
     assert provenance["examples_sha256"] == hashlib.sha256(asked.read_bytes()).hexdigest()
     for text, named in (("{}\n", "asked.jsonl: calibration line 1"), ('{"text": "a b"}\n' * 9, "has 9 examples")):
