@@ -42,8 +42,8 @@ KINDS: dict[str, tuple[CompressOptions | AutoOptions, dict[str, Any]]] = {
         CompressOptions(codec="deltadq", dropout=DropoutOptions(alpha=2, value_bits=4, group=8, scale="tensor")),
         {"new_tokens": ("<|y|>",)},
     ),
-    "auto-low-rank": (AutoOptions(bits=0.5, texts=4, distill=None), {"new_tokens": ("<|z|>",)}),
-    "auto-dense": (AutoOptions(bits=3.0, calibrate=False, distill=None), {}),
+    "auto-low-rank": (AutoOptions(bits=0.5, texts=4), {"new_tokens": ("<|z|>",)}),
+    "auto-dense": (AutoOptions(bits=3.0, calibrate=False), {}),
     "empty": (CompressOptions(), {"only": "nothing"}),
 }
 

@@ -101,7 +101,7 @@ class Place:
             linear, table = (kind, None) if kind in KINDS else ("sign", kind.removeprefix("table-"))
             found[kind] = self.write(kind, random_delta(state, seed, linear, table, tied=tied))
         fine = make_finetune(self.base, self._work / "fine", scale=0.3)
-        options = AutoOptions(bits=0.5, texts=4, distill=None)
+        options = AutoOptions(bits=0.5, texts=4)
         return found | {"auto": auto.compress(self.base, fine, self._work / "auto", options)}
 
     def write(self, name: str, delta: FakeDelta) -> Path:
