@@ -1,9 +1,10 @@
 """How much of each fine-tune survives compression, by codec and budget: benchmarks/fidelity.py --models DIR
 
 DIR holds `base`, the fine-tunes (full ones, or PEFT adapters, which are first merged), `eval.json` (task -> rows) and
-`valid.json` (a list of documents); benchmarks/make_models.py writes such a directory. A fine-tune is judged on the
-task that its directory's name begins with, else on the documents (`fidelity_tasks.py`). --base, --finetunes, --eval and
---text name other files; a fine-tune is then a directory, or DIRECTORY=TASK.
+`valid.json` (a list of documents), perhaps `examples.json` (other rows, for --train-auto); benchmarks/make_models.py
+writes such a directory. A fine-tune is judged on the task that its directory's name begins with, else on the documents
+(`fidelity_tasks.py`). --base, --finetunes, --eval and --text name other files; a fine-tune is then a directory, or
+DIRECTORY=TASK.
 
 --jobs runs so many fine-tunes at once, each in a process of its own; with --seconds each stops before its next way when
 its time is up. A way that fails is reported and left out.

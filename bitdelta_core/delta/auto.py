@@ -3,7 +3,7 @@
 Every changed matrix, embedding and head included, is decomposed where errors weigh what they cost (`sensitivity.py`,
 `allocation.py`), and one budget is spread over all of them: what matters little gets no bytes at all. Vectors stay
 whole, and embeddings of which few rows changed are stored as those rows. Where there are examples of what the variant
-is asked, factors are trained on them (`refine.py`): at few bits that keeps far more, on any other text far less.
+is asked, factors are trained on them (`refine.py`): calibration text in their place lost answers where we looked.
 Memory: one matrix at a time, but calibration holds the model where there is room (else a layer: `streaming.py`),
 choosing scales holds it twice where there is room, and so does training (and 16 bytes for each value that it trains);
 OUT.stage holds the decompositions until the delta is done. On a GPU all of it but reading and writing happens there.

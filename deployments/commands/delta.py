@@ -280,9 +280,9 @@ def _auto_options(
     if not limits or "bits" in coding:
         own["bits"] = coding.get("bits", 1.0)
     steps = {key: training[key] for key in ("steps", "batch", "lr") if key in training}
-    trained = steps | ({"examples": None} if "examples" in own else {})
-    if distill is False and trained:
-        raise InvalidRequest(f"--no-distill leaves no use for {', '.join(sorted(trained))}", param="distill")
+    training_only = sorted(steps.keys() | {"examples"} & own.keys())
+    if distill is False and training_only:
+        raise InvalidRequest(f"--no-distill leaves no use for {', '.join(training_only)}", param="distill")
     if (distill or steps) and "examples" not in own:
         raise InvalidRequest("codec auto is trained on what the variant is asked: give --examples", param="distill")
     own |= {key: value for key, value in dropping.items() if key == "seed"}
