@@ -2,10 +2,11 @@
 
 python benchmarks/compress_time.py [--shapes llama-2-7b llama-3.1-8b] [--depths 1 3]
 
-A random base of a few layers (embeddings and head whole) and a fine-tune of it, whose difference is of low rank with
-some noise, are written and compressed as `bitdelta compress --codec auto --bits 1` does, at two depths. What a layer
-adds is taken for every further layer: `extrapolated` is no measurement. So is the size: linears per layer times layers.
-In a model of full depth all matrices share one budget, so that parts shift a little between linears and embeddings.
+A random base of so many layers (embeddings and head whole) and a fine-tune of it, whose difference is of low rank with
+some noise, are written and compressed as `bitdelta compress --codec auto --bits 1` does. `--depths 32` measures a whole
+7B or 8B, in a few minutes and 100 GB of --work. Of two depths, what a layer adds is taken for every further one:
+`extrapolated` is no measurement. Sizes are told of what was written alone: matrices share one budget, so that the split
+between linears and embeddings at full depth is not that of a few layers.
 
 Time goes to: `reading` (hashes, comparing, tokens, the first moments), `decomposing` (and further moments), `spreading`
 (the budget, entropy coding, and training where it is on) and `writing`. Everything is random, so what training gains
@@ -19,6 +20,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,37 +110,25 @@ def _sizes(summary: Summary) -> dict[str, Any]:
         "nbytes": summary.nbytes,
         "bytes_by_kind": dict(summary.bytes_by_kind),
         "ratio": summary.ratio,
+        "embeddings_share": round(summary.bytes_by_kind["embeddings"] / summary.nbytes, 3),
         "measured": dict(summary.provenance.get("measured", {})),
     }
 
 
-def extrapolated(less: dict[str, Any], more: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    """At full depth, if every further layer takes what those between the two depths took."""
-    between, further = more["layers"] - less["layers"], shape.layers - more["layers"]
-    per_layer = (more["seconds"] - less["seconds"]) / between
-    linears = more["bytes_by_kind"]["linears"] / more["layers"] * shape.layers
-    ends = more["bytes_by_kind"]["embeddings"]
-    nbytes = more["nbytes"] + linears - more["bytes_by_kind"]["linears"]
-    weights = 2 * shape.vocabulary * shape.hidden + shape.layers * _layer_weights(shape)
-    return {
-        "layers": shape.layers,
-        "seconds_per_layer": round(per_layer, 2),
-        "seconds": round(more["seconds"] + per_layer * further, 1),
-        "nbytes": round(nbytes),
-        "ratio": round(2 * weights / nbytes, 2),
-        "embeddings_share": round(ends / nbytes, 3),
-    }
-
-
-def _layer_weights(shape: Shape) -> int:
-    narrow = shape.kv_heads * shape.hidden // shape.heads
-    return shape.hidden * (2 * shape.hidden + 2 * narrow + 3 * shape.inner + 2)
+def extrapolated(runs: Sequence[dict[str, Any]], layers: int) -> dict[str, Any] | None:
+    """Seconds at full depth, if every further layer takes what those between the last two depths took."""
+    if len(runs) < 2 or runs[-1]["layers"] == layers:
+        return None
+    less, more = runs[-2:]
+    per_layer = (more["seconds"] - less["seconds"]) / (more["layers"] - less["layers"])
+    seconds = more["seconds"] + per_layer * (layers - more["layers"])
+    return {"layers": layers, "seconds_per_layer": round(per_layer, 2), "seconds": round(seconds, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], choices=list(SHAPES))
-    parser.add_argument("--depths", type=int, nargs=2, default=[1, 3])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 3], help="layers, the fewest first")
     parser.add_argument("--bits", type=float, default=1.0)
     parser.add_argument("--training", nargs="+", default=["none"], choices=["none", "factors"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -164,10 +154,11 @@ def main() -> None:
                 for depth in args.depths:
                     runs.append(measured(replace(SHAPES[name], layers=depth), options, args.device, Path(work)))
                     print(name, training, json.dumps(runs[-1]), flush=True)
-                whole = extrapolated(runs[0], runs[1], SHAPES[name])
-                print(name, training, "extrapolated", json.dumps(whole), flush=True)
+                whole = extrapolated(runs, SHAPES[name].layers)
+                if whole:
+                    print(name, training, "extrapolated", json.dumps(whole), flush=True)
                 command = f"benchmarks/compress_time.py --shapes {name} --training {training} --bits {args.bits:g} "
-                command += f"--depths {args.depths[0]} {args.depths[1]}"
+                command += f"--depths {' '.join(map(str, args.depths))}"
                 record = {"shape": name, **asdict(SHAPES[name]), "bits": args.bits, "training": training}
                 record |= {"runs": runs, "extrapolated": whole, **conditions, "command": command}
                 out.write(json.dumps(record) + "\n")
