@@ -24,7 +24,7 @@ from bitdelta_core.models.device.decoder import MAX_ROWS
 from bitdelta_core.models.device.kinds import StepKinds, single, step_union
 from bitdelta_core.models.device.passes import WideStep
 from bitdelta_core.models.device.step import StepBuffers, StepSize
-from kernels.delta_linear.wide import ROWS, row_tiles
+from kernels.delta_linear.row_tiles import most_row_tiles, row_tiles
 from kernels.device import SEGMENT_ROWS, StepRows, segment_table
 from kernels.sampling import sample
 from kernels.sampling.rows import SamplingRows
@@ -57,14 +57,13 @@ class Limits:
 
     @property
     def wide(self) -> StepSize:
-        tiles = -(-self.rows // ROWS) + self.sequences
         return StepSize(
             rows=self.rows,
             sequences=self.sequences,
             segments=self.sequences + MAX_ROWS // SEGMENT_ROWS,
             logits=min(MAX_ROWS, self.rows),
             blocks=self.blocks,
-            tiles=tiles,
+            tiles=most_row_tiles(self.rows, self.sequences),
         )
 
 

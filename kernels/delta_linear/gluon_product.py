@@ -21,7 +21,10 @@ Not covered: other chips, column scales, several planes, low-rank and dense part
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -35,10 +38,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.delta_linear import triton_parts
 from kernels.delta_linear.gluon_parts import load_box
 from kernels.delta_linear.triton_parts import SCALE, SIGN
-from kernels.delta_linear.triton_product import ROWS
 from kernels.device import UNIT, DeviceDeltas, Kinds, Target
 
 OUTPUTS, INNER, GROUP_OUTPUTS = 128, 64, 64
+_STAGES = {256: 4, 128: 6, 64: 8}
+"""Of each size of row tiles: as many as 192 KB of shared memory hold"""
+_TIME = {256: 1.0, 128: 0.6, 64: 0.5}
+"""Of a tile of each size, beside the largest. With these the choice was within 1 % of the fastest size, in the mean of
+44 cases on an H200."""
 _UNIT = gl.constexpr(UNIT)
 _PLANES = triton_parts.PLANES
 # $1: two weights. $2, $4: the word with the first or second sign at the top of each byte. $6: which byte. $8: the
@@ -211,6 +218,12 @@ def product_kernel(
     )  # fmt: skip
 
 
+def tile_rows(target: Target, tiles: Mapping[int, int], programs: int) -> int:
+    """The size whose tiles, so many of each, take the least time: programs take equal numbers of them in turn."""
+    columns = triton.cdiv(target.outputs, OUTPUTS)
+    return min(tiles, key=lambda size: triton.cdiv(tiles[size] * columns, programs) * _TIME[size])
+
+
 def supports(x_TK: torch.Tensor, weight_NK: torch.Tensor, target: Target, kinds: Kinds) -> bool:
     """Whether `product` takes these."""
     simple = kinds.signs and kinds.planes == 1 and not (kinds.columns or kinds.dense or kinds.rank)
@@ -222,12 +235,13 @@ def supports(x_TK: torch.Tensor, weight_NK: torch.Tensor, target: Target, kinds:
 
 def product(
     x_TK: torch.Tensor, weight_NK: torch.Tensor, target: Target, deltas: DeviceDeltas, tiles_I4: torch.Tensor,
-    out_TN: torch.Tensor, *, programs: int, stages: int = 4,
+    out_TN: torch.Tensor, *, rows: int, programs: int,
 ) -> None:  # fmt: skip
     """out = x (W + D)^T for the rows of every tile.
 
     Args:
-        tiles_I4: (entry, start, stop, 0), at most ROWS rows each.
+        tiles_I4: (entry, start, stop, 0), at most `rows` rows each.
+        rows: one of SIZES.
         programs: one for each multiprocessor: all of its shared memory and registers are used.
     """
     triton_parts.check_rows(x_TK, target)
@@ -235,8 +249,8 @@ def product(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     row_tiles, tiles = tiles_I4.shape[0], tiles_I4.shape[0] * -(-target.outputs // OUTPUTS)
     product_kernel[(min(programs, tiles),)](
-        TensorDescriptor.from_tensor(x_TK, [ROWS, INNER], layout),
+        TensorDescriptor.from_tensor(x_TK, [rows, INNER], layout),
         TensorDescriptor.from_tensor(weight_NK, [GROUP_OUTPUTS, INNER], layout),
         *triton_parts.table_arguments(deltas, target), tiles_I4, out_TN, out_TN.stride(0), row_tiles, tiles,
-        target.outputs, K=target.inputs, BT=ROWS, STAGES=stages, num_warps=4,
+        target.outputs, K=target.inputs, BT=rows, STAGES=_STAGES[rows], num_warps=4,
     )  # fmt: skip

@@ -18,6 +18,8 @@ BYTE_ROWS = 1024
 """Rows of prefill whose x A^T is in the workspace at once, where factors are bytes"""
 SPLIT_FLOATS = 2**18
 """K is not split where the partial sums of byte factors would take more: 1 MiB"""
+_EXPAND_FLOATS = 2**14
+"""Of x A^T, that a program of expand has in shared memory: 64 KiB, which every chip has"""
 _PROGRAMS = 512
 """Of byte factors, up to which K is split: expand reads what every split has left, and splits for more were slower"""
 _FULL, _FEW = 1024, 64
@@ -130,6 +132,13 @@ def byte_rule(target: Target, rows: int, segments: int, rank: int, longest: int)
         warps=block // 16,
         ranks=128 if at_once == 8 and split <= 2 else 64,
     )
+
+
+def expanded_ranks(config: LowRankConfig, rank: int, buffers: int) -> int:
+    """Of a member, that expand multiplies at once: of x A^T in all its parts so many are in shared memory, `buffers`
+    times."""
+    room = _EXPAND_FLOATS // (buffers * config.split * config.rows)
+    return min(config.ranks, triton.next_power_of_2(rank), max(16, room))
 
 
 def byte_outputs(target: Target, segments: int) -> int:

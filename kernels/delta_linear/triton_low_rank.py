@@ -262,12 +262,13 @@ def _expand(
     out_TN: torch.Tensor, config: LowRankConfig, first_row: int, *, add: bool, words: bool, factor_bytes: bool,
 ) -> None:  # fmt: skip
     first, columns = [*target.members[1:], 0, 0], target.outputs if add else out_TN.shape[1]
-    inner, pdl = min(config.ranks, triton.next_power_of_2(rank)), launches.early(x_TK)
+    stages, pdl = 3 if factor_bytes and not words else 2, launches.early(x_TK)
+    inner = low_rank_choice.expanded_ranks(config, rank, 2 if factor_bytes else 1)
     expand_kernel[(triton.cdiv(columns, config.outputs), segments_G4.shape[0])](
         h, *parts.table_arguments(deltas, target), segments_G4, out_TN, out_TN.stride(0), h.shape[1], first_row,
         target.outputs, columns, first[0], first[1], DTYPE=dtype_of(x_TK), MEMBERS=len(target.members),
         WIDTH=h.shape[2], SPLIT=config.split, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
-        BN=config.outputs, BI=inner, STAGES=1 if rank <= inner else 3 if factor_bytes and not words else 2,
+        BN=config.outputs, BI=inner, STAGES=1 if rank <= inner else stages,
         ADD=add, PDL=pdl, num_warps=max(config.warps, config.outputs // 32) if factor_bytes else 4,
         **launches.options(pdl),
     )  # fmt: skip

@@ -23,11 +23,9 @@ import triton.language as tl
 from kernels.delta_linear import low_rank_choice, triton_low_rank, triton_parts
 from kernels.delta_linear import triton_parts as parts
 from kernels.delta_linear import triton_tiles as tiles
+from kernels.delta_linear.row_tiles import ROWS
 from kernels.delta_linear.triton_parts import DENSE, LORA_B, SCALE, SIGN
 from kernels.device import DeviceDeltas, Kinds, Target
-
-ROWS = 256
-"""Rows of a row tile"""
 
 
 @triton.jit

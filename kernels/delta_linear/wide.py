@@ -20,7 +20,7 @@ Not covered: replaced rows and larger vocabularies, which embeddings and heads h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -35,10 +35,12 @@ from kernels.delta_linear import (
     triton_parts,
     triton_product,
 )
+from kernels.delta_linear.choice import multiprocessors
+from kernels.delta_linear.row_tiles import ROWS, Rows, cut, row_tiles, spans, starts
 from kernels.delta_linear.triton_dense import dense
 from kernels.delta_linear.triton_low_rank import low_rank
 from kernels.delta_linear.triton_merge import MergeConfig, merge
-from kernels.delta_linear.triton_product import ROWS, ProductConfig
+from kernels.delta_linear.triton_product import ProductConfig
 from kernels.delta_linear.triton_rows import replace_rows
 from kernels.device import DeviceDeltas, Kinds, Target
 
@@ -60,13 +62,12 @@ __all__ = [
 ]
 
 Impl = Literal["fused", "merge", "specialised", "split", "reference"]
-Rows = tuple[int, int, int]
-"""(entry, start, stop)"""
 MERGE_ROWS = 384
 """Rows from which writing W + D (4.1 bytes a weight) costs less than multiplying x with D too."""
-SPECIALISED_ROWS = 256
-"""Rows from which that is faster than fused, where a chip and deltas allow it: on an H200 1.1 times the base product
-against 1.9 at 2048 rows, 1.2 to 1.4 against 2.0 to 2.4 at 512, 2.7 against 2.6 at 128"""
+SPECIALISED_ROWS = 32
+"""Of any segment, for that to be faster than fused, where a chip and deltas allow it, as it was for every mix measured
+on an H200: of 16 variants 1.5 times the base product against 3.0 at 128 rows each, 2.5 against 3.4 at 64, 4.6 against
+5.1 at 32. Shorter segments alone were not tried; beside longer ones a launch of their own would cost more."""
 SLICE_BYTES = 2**28
 """Of W + D at a time, where nothing was measured: all of it. Less is still cached when it is multiplied with, but
 products of fewer outputs fill a GPU less well."""
@@ -94,21 +95,12 @@ class Run:
 
     impl: Impl
     segments: tuple[Rows, ...]
-    tiles: slice
-    """Theirs among the row tiles"""
+    tiles: Mapping[int, slice]
+    """Theirs among the row tiles, by size"""
 
     @property
     def rows(self) -> slice:
         return slice(self.segments[0][1], self.segments[-1][2])
-
-
-def row_tiles(segments: Sequence[Rows]) -> list[list[int]]:
-    """(entry, start, stop, 0) of row tiles, at most ROWS rows and one entry each, in the segments' order."""
-    return [
-        [entry, first, min(first + ROWS, stop), 0]
-        for entry, start, stop in segments
-        for first in range(start, stop, ROWS)
-    ]
 
 
 def plan(
@@ -122,17 +114,19 @@ def plan(
     """Which segments are computed together and how: `impl`, or `long` those of `many` rows or more and `short` the
     others. The base's rows are cuBLAS's, which is split with nothing to add."""
     runs: list[Run] = []
-    at = 0
+    tiles = starts(segments)
     for segment in segments:
         entry, start, stop = segment
         assert stop > start, f"empty segment {segment}"
         way = impl or ("split" if entry == 0 else long if stop - start >= many else short)
-        tiles = slice(at, at := at + -(-(stop - start) // ROWS))
+        own = {size: slice(at, at + -(-(stop - start) // size)) for size, at in tiles.items()}
+        tiles = {size: found.stop for size, found in own.items()}
         if runs and runs[-1].impl == way and runs[-1].rows.stop == start:
             last = runs.pop()
-            runs.append(Run(way, (*last.segments, segment), slice(last.tiles.start, tiles.stop)))
+            joined = {size: slice(found.start, own[size].stop) for size, found in last.tiles.items()}
+            runs.append(Run(way, (*last.segments, segment), joined))
         else:
-            runs.append(Run(way, (segment,), tiles))
+            runs.append(Run(way, (segment,), own))
     return runs
 
 
@@ -208,8 +202,7 @@ def prefill_linear(
                 _product(x_TK, weight_NK, target, deltas, tiles_I4, run, kinds, out_TN, workspace, way)
             case "specialised":
                 assert gluon_product.supports(x_TK, weight_NK, target, kinds), "not for these deltas, shapes or device"
-                programs = torch.cuda.get_device_properties(x_TK.device).multi_processor_count
-                gluon_product.product(x_TK, weight_NK, target, deltas, tiles_I4[run.tiles], out_TN, programs=programs)
+                _specialised(x_TK, weight_NK, target, deltas, tiles_I4, run, out_TN)
             case "reference":
                 for segment in run.segments:
                     _reference(x_TK, weight_NK, target, deltas, segment, out_TN)
@@ -229,7 +222,8 @@ def _runs(
     if kinds.compact:  # products know nothing of kept values
         return plan(segments, "reference" if impl == "reference" else "merge")
     if gluon_product.supports(x_TK, weight_NK, target, kinds):
-        return plan(segments, impl, many=SPECIALISED_ROWS, long="specialised", short="fused")
+        way: Impl = "specialised" if any(e and stop - at >= SPECIALISED_ROWS for e, at, stop in segments) else "fused"
+        return plan(segments, impl, long=way, short=way)
     # Low-rank parts alone cost less than merging them.
     return plan(segments, impl, many=merge_rows if kinds.signs or kinds.dense else x_TK.shape[0] + 1)
 
@@ -302,20 +296,11 @@ def _byte_factors(
     workspace: torch.Tensor,
 ) -> None:
     """Adds them, to as many rows at a time as the workspace holds x A^T of."""
-    for tiles, span in spans(row_tiles(segments), low_rank_choice.BYTE_ROWS):
+    for tiles, span in spans(cut(segments, ROWS), low_rank_choice.BYTE_ROWS):
         longest = min(ROWS, max(stop - start for _, start, stop in segments))
         low_rank(
             x_TK, target, deltas, tiles_I4[tiles], 0, out_TN, workspace, byte_rank=byte_rank, longest=longest, span=span
         )
-
-
-def spans(tiles: Sequence[Sequence[int]], most: int) -> Iterator[tuple[slice, tuple[int, int]]]:
-    """Neighbouring row tiles of at most so many rows, and the rows that they have."""
-    begin = 0
-    for i, tile in enumerate(tiles):
-        if i + 1 == len(tiles) or tiles[i + 1][2] - tiles[begin][1] > most:
-            yield slice(begin, i + 1), (tiles[begin][1], tile[2])
-            begin = i + 1
 
 
 def _merged(
@@ -354,8 +339,23 @@ def _product(
     longest = max(stop - start for _, start, stop in run.segments)
     config = way.product or triton_product.choose(min(longest, ROWS), kinds, x_TK.dtype, x_TK.device)
     triton_product.product(
-        x_TK, weight_NK, target, deltas, tiles_I4[run.tiles], kinds, out_TN, workspace, config=config
+        x_TK, weight_NK, target, deltas, tiles_I4[run.tiles[ROWS]], kinds, out_TN, workspace, config=config
     )
+
+
+def _specialised(
+    x_TK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    target: Target,
+    deltas: DeviceDeltas,
+    tiles_I4: torch.Tensor,
+    run: Run,
+    out_TN: torch.Tensor,
+) -> None:
+    programs = multiprocessors(x_TK.device)
+    size = gluon_product.tile_rows(target, {size: t.stop - t.start for size, t in run.tiles.items()}, programs)
+    tiles = tiles_I4[run.tiles[size]]
+    gluon_product.product(x_TK, weight_NK, target, deltas, tiles, out_TN, rows=size, programs=programs)
 
 
 def _reference(

@@ -6,6 +6,7 @@ import torch
 from triton.runtime import driver
 
 from kernels.delta_linear import gluon_product, triton_dense, triton_low_rank, triton_merge, triton_product, triton_rows
+from kernels.delta_linear.row_tiles import SIZES
 from kernels.device import Kinds, Partials, Target
 from tests.kernels.compile_harness import Case
 from tests.kernels.meta import ints, meta, tables
@@ -39,12 +40,10 @@ def _capability() -> int:
     return int(driver.active.get_current_target().arch)  # pyright: ignore
 
 
-def _specialised() -> None:
-    if _capability() < 90:
-        return _fused()
+def _specialised(rows: int) -> None:
     x, out = meta(2048, QKV.inputs), meta(2048, QKV.outputs)
     weight = meta(QKV.outputs, QKV.inputs)
-    gluon_product.product(x, weight, QKV, tables(4), ints(8, 4), out, programs=132)
+    gluon_product.product(x, weight, QKV, tables(4), ints(8, 4), out, rows=rows, programs=132)
 
 
 def _low_rank(target: Target, rows: int, rank: int) -> None:
@@ -88,7 +87,15 @@ CASES = [
         _fused,
         {80: ("HMMA.16816.F32.BF16", ASYNC), 90: ("HGMMA.64x256x16.F32.BF16", "HADD2.BF16", ASYNC)},
     ),
-    Case("wide specialised", _specialised, {90: ("HGMMA.64x256x16.F32.BF16", "UTMALDG.2D", "HADD2.BF16")}),
+    *(
+        Case(
+            f"wide specialised {rows}",
+            lambda rows=rows: _specialised(rows),
+            {90: (f"HGMMA.64x{rows}x16.F32.BF16", "UTMALDG.2D", "HADD2.BF16")},
+            archs=(90,),
+        )
+        for rows in SIZES
+    ),
     Case("wide split 64", lambda: _product(QKV, SIGNS, triton_product.ProductConfig(64), False), {90: ("HGMMA",)}),
     Case("wide fused, all", lambda: _product(DOWN, Kinds(True, True, 2, 64, True), MIXED)),
     Case("wide low rank 16", lambda: _low_rank(QKV, 16, 16), {90: ("HMMA", ASYNC)}),
@@ -97,6 +104,12 @@ CASES = [
     Case("byte factors 1024, many", lambda: _bytes(DOWN, 64, 1024), BYTES),
     Case("byte factors beside adapters", lambda: _bytes(QKV, 16, 512, words=64), BYTES),
     Case("byte factors, prefill", lambda: _bytes(QKV, 512, 256, longest=256), {90: ("HGMMA.64x64x16", ASYNC)}),
+    # K is split most where outputs are few, and x A^T has as many parts.
+    Case("byte factors, narrow prefill", lambda: _bytes(Target(3, 768, 2048), 64, 256, longest=64)),
+    Case(
+        "byte factors beside adapters, narrow prefill",
+        lambda: _bytes(Target(3, 384, 1024), 64, 256, words=64, longest=64),
+    ),
     Case("wide dense", lambda: _dense(DOWN, 8), {90: ("HMMA", ASYNC)}),
     Case("wide rows", _rows, {90: ("HMMA", ASYNC)}),
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernels.delta_linear import low_rank_choice, table_reference, wide
 from kernels.delta_linear.device import delta_linear, partials_of
@@ -192,6 +194,16 @@ def test_prefill_in_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     prefill(w, SINGLE, [(2, 0, 270), (0, 270, 300), (1, 300, 600), (4, 600, 609)], None)
 
 
+def test_prefill_of_a_narrow_linear() -> None:
+    """K in many parts, of which expand has few ranks at a time."""
+    narrow = Target(0, 40, 2048)
+    rule = low_rank_choice.byte_rule(narrow, 64, 1, 80, 64)
+    assert low_rank_choice.expanded_ranks(rule, 80, 2) < min(rule.ranks, 80)
+    w = world([narrow], [{"bytes": 33}, {}, {"bytes": 40}], DTYPES[1], seed=12)
+    prefill(w, narrow, [(1, 0, 64)], None)
+    prefill(w, narrow, [(3, 0, 50), (0, 50, 51), (1, 51, 64)], None)
+
+
 def test_spans() -> None:
     tiles = [[1, 0, 256, 0], [1, 256, 290, 0], [2, 290, 300, 0], [3, 300, 556, 0], [3, 556, 560, 0]]
     assert list(wide.spans(tiles, 300)) == [(slice(0, 3), (0, 300)), (slice(3, 5), (300, 560))]
@@ -209,6 +221,24 @@ def test_workspace_is_bounded_and_enough() -> None:
                 for segments in {1, 5, count}:
                     for config in low_rank_choice.byte_candidates(qkv, count, segments, rank):
                         assert config.split * count * 3 * rank <= planned
+
+
+@given(
+    st.sampled_from([64, 384, 768, 4096, 22016]),
+    st.sampled_from([256, 768, 2048, 14336]),
+    st.integers(1, 2048),
+    st.integers(1, 64),
+    st.integers(1, 64).map(lambda n: 16 * n),
+)
+def test_expand_fits_every_chip(outputs: int, inputs: int, rows: int, segments: int, rank: int) -> None:
+    """x A^T in 64 KiB, of the 99 that some chips give a program: once for a product, twice where copies run ahead."""
+    target, longest = Target(0, outputs, inputs), -(-rows // segments)
+    of_bytes = low_rank_choice.byte_rule(target, rows, segments, rank, min(256, longest))
+    of_words = low_rank_choice.choose(target, rows, rank, torch.device("cpu"))
+    for config, buffers in ((of_bytes, 2), (of_words, 1)):
+        ranks = low_rank_choice.expanded_ranks(config, rank, buffers)
+        assert ranks >= 16
+        assert 4 * buffers * config.split * config.rows * ranks <= 2**16
 
 
 def check(

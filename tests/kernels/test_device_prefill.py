@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kernels.delta_linear import table_reference, triton_merge, triton_parts, wide
+from kernels.delta_linear import gluon_product, row_tiles, table_reference, triton_merge, triton_parts, wide
 from kernels.device import Kinds, Target
 from tests.kernels.device_harness import DEVICE, DTYPES, ENTRIES, POISON, Spec, World, poisoned, world
 
@@ -76,6 +80,15 @@ def test_specialised(target: Target) -> None:
         check(w, target, {4: 3}, "specialised")
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("rows", row_tiles.SIZES)
+def test_specialised_in_every_size_of_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_product, "tile_rows", lambda *_: rows)
+    target = Target(0, 520, 192)
+    w = world([target], [{"signs": 1}, {}, {"signs": 1}, {"signs": 1}], DTYPES[0], seed=11)
+    check(w, target, {0: 70, 1: 2 * rows + 1, 2: rows, 3: 3, 4: rows - 1}, "specialised")
+
+
 def test_a_segment_of_several_tiles() -> None:
     w = world([SINGLE], [{"signs": 1}, {"signs": 1}], torch.float32, seed=3)
     check(w, SINGLE, {0: 1, 1: wide.ROWS + 9, 2: 3}, "fused")
@@ -129,12 +142,33 @@ def test_plan_keeps_neighbours_together() -> None:
     many = wide.MERGE_ROWS
     segments = [(0, 0, 900), (1, 900, 910), (2, 910, 910 + many), (3, 910 + many, 915 + many)]
     first, second, third = wide.plan(segments)
-    assert (first.impl, first.rows, first.tiles) == ("split", slice(0, 910), slice(0, 5))
+    assert (first.impl, first.rows, first.tiles[wide.ROWS]) == ("split", slice(0, 910), slice(0, 5))
     assert (second.impl, second.segments) == ("merge", (segments[2],))
-    assert (third.impl, third.tiles) == ("split", slice(7, 8))
-    assert len(wide.row_tiles(segments)) == 8
-    assert wide.row_tiles([(4, 10, 11 + 2 * wide.ROWS)])[-1] == [4, 10 + 2 * wide.ROWS, 11 + 2 * wide.ROWS, 0]
+    assert (third.impl, third.tiles[wide.ROWS]) == ("split", slice(7, 8))
     assert [run.impl for run in wide.plan(segments, "merge")] == ["merge"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 900)), min_size=1, max_size=6), st.data())
+def test_runs_know_their_tiles_of_every_size(lengths: list[tuple[int, int]], data: st.DataObject) -> None:
+    ends = list(itertools.accumulate(length for _, length in lengths))
+    segments = [(entry, end - length, end) for (entry, length), end in zip(lengths, ends, strict=True)]
+    tiles = row_tiles.row_tiles(segments)
+    assert len(tiles) <= row_tiles.most_row_tiles(ends[-1], len(segments))
+    impl = data.draw(st.sampled_from([None, "specialised"]))
+    for run in wide.plan(segments, impl, many=32, long="specialised", short="fused"):
+        for size, own in run.tiles.items():
+            assert tiles[own] == row_tiles.cut(run.segments, size)
+            assert all(0 < stop - start <= size for _, start, stop, _ in tiles[own])
+
+
+def test_sizes_of_row_tiles_follow_segments_and_the_chip() -> None:
+    def chosen(outputs: int, lengths: Sequence[int]) -> int:
+        counts = {size: sum(-(-n // size) for n in lengths) for size in row_tiles.SIZES}
+        return gluon_product.tile_rows(Target(0, outputs, 4096), counts, 132)
+
+    assert [chosen(12288, [length] * 16) for length in (256, 128, 64)] == [256, 128, 64]
+    assert chosen(4096, [512]) == 128, "which leaves no multiprocessor idle"
+    assert chosen(12288, [2048]) == 256
 
 
 def test_measured_ways_are_read_back(monkeypatch: pytest.MonkeyPatch) -> None:

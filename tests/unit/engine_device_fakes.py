@@ -18,6 +18,7 @@ from bitdelta_core.engine.accelerator import Mark, Plain
 from bitdelta_core.engine.device_runner import DeviceRunner, Limits
 from bitdelta_core.models.device.kinds import StepKinds, single, step_union
 from bitdelta_core.models.device.passes import WideStep
+from kernels.delta_linear.row_tiles import starts
 from kernels.device import StepRows
 from tests.unit.engine_fakes import BASE_SALT, VOCAB, logits_of, salt_in
 
@@ -122,16 +123,18 @@ class FakePassDecoder:
 
     def prefill(self, step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor:
         rows, entries = step.rows, step.rows.entry_T.tolist()
-        for spans in (step.segments, [tuple(tile[:3]) for tile in step.tiles_I4.tolist()]):
+        tiles = [tuple(tile[:3]) for tile in step.tiles_I4.tolist()]
+        sizes = pairwise([*starts(step.segments).values(), len(tiles)])
+        for spans in (step.segments, *(tiles[first:last] for first, last in sizes)):
             if not rows.kv_slots_T.any():
                 continue  # padding may belong to anybody
             assert [e for e, start, stop in spans for _ in range(start, stop)] == entries, "rows of another entry"
         wanted = rows.logit_rows_L.tolist()
         self._check_segments(rows.logit_segments_G4, [entries[row] for row in wanted])
-        starts = rows.query_starts_S1.tolist()
-        assert starts[-1] == len(entries)
-        assert step.max_query == max(b - a for a, b in pairwise(starts))
-        owner = [s for s, (a, b) in enumerate(pairwise(starts)) for _ in range(a, b)]
+        begins = rows.query_starts_S1.tolist()
+        assert begins[-1] == len(entries)
+        assert step.max_query == max(b - a for a, b in pairwise(begins))
+        owner = [s for s, (a, b) in enumerate(pairwise(begins)) for _ in range(a, b)]
         self._pass(rows, wanted, owner, sampled_S, kv, kinds)
         return self._logits[: len(wanted)]
 
