@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from bitdelta_core.engine.prompt_logprobs import PromptPart, prompt_part
 from bitdelta_core.engine.runner import Outcome, Task
 from bitdelta_core.engine.sequence import Sequence as EngineSequence
 from bitdelta_core.models.device.decoder import MAX_ROWS
-from bitdelta_core.models.device.kinds import StepKinds, single, step_union
+from bitdelta_core.models.device.kinds import StepKinds, few_ranks, single, step_union
 from bitdelta_core.models.device.passes import WideStep
 from bitdelta_core.models.device.step import StepBuffers, StepSize
 from kernels.delta_linear.row_tiles import most_row_tiles, row_tiles
@@ -41,6 +42,8 @@ class PassDecoder(Protocol):
     def decode(self, rows: StepRows, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor: ...
 
     def prefill(self, step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor: ...
+
+    def mixes(self, kinds: StepKinds, rows: int, sequences: int, known: Sequence[Sequence[int]]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,11 +155,14 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch_each(self, kinds: Sequence[StepKinds] = ()) -> None:
         """Every size of prompt at which kernels change, and all that `warm_up` captures, for the bare base and variants
-        with these kinds of deltas: once, without graphs, so that `kernels.compiling.together` compiles it."""
+        with these kinds of deltas, by themselves and together: once, without graphs, so that
+        `kernels.compiling.together` compiles it."""
         with self._accelerator.in_steps():
-            for known in dict.fromkeys((StepKinds(), *kinds)):
+            for known in dict.fromkeys(map(few_ranks, (StepKinds(), *kinds, step_union(kinds)))):
                 for rows, logits in PROMPTS:
-                    self._launch_wide(rows, logits, known)
+                    self._launch_wide([self._longest(rows)], logits, known)
+                for lengths in self._mixes(known):
+                    self._launch_wide(lengths, 1, known)
             for shape in self.graphs.expected(kinds):
                 self._launch_decode(shape)
 
@@ -165,29 +171,39 @@ class DeviceRunner:
         """The largest wide pass, then the graphs of the bare base and of variants with these kinds of deltas. All rows
         are padding, which nobody reads."""
         with self._accelerator.in_steps():
-            self._launch_wide(self._limits.rows, 1, StepKinds())
+            self._launch_wide([self._longest(self._limits.rows)], 1, StepKinds())
             for buffers in self._narrow.values():
                 self._pad(buffers)
             self.graphs.capture_all(kinds)
 
-    def _launch_wide(self, rows: int, logits: int, kinds: StepKinds) -> None:
-        """One sequence, all of whose blocks are block 0. Its products look for the parts of an entry that has none yet;
-        all else is the base's, whose numbers are finite."""
-        limits, host = self._limits, self._wide.begin()
-        count = min(rows, limits.rows, limits.blocks * limits.block_size)
-        logits = min(logits, limits.wide.logits)
-        segments = [(0 if kinds == StepKinds() else _VOID, 0, count)]
+    def _longest(self, rows: int) -> int:
+        """As much of a prompt of so many rows as there may be."""
+        return min(rows, self._limits.rows, self._limits.blocks * self._limits.block_size)
+
+    def _mixes(self, kinds: StepKinds) -> list[list[int]]:
+        """Rows of each sequence in further steps that need other kernels."""
+        prompts = [[self._longest(rows)] for rows, _ in PROMPTS]
+        found = self._decoder.mixes(kinds, self._limits.rows, self._limits.sequences, prompts)
+        return [lengths for lengths in found if max(lengths) == self._longest(max(lengths))]
+
+    def _launch_wide(self, lengths: Sequence[int], logits: int, kinds: StepKinds) -> None:
+        """Sequences of so many rows, all of whose blocks are block 0. Products look for the parts of an entry that has
+        none yet; all else is the base's, whose numbers are finite."""
+        host, ends = self._wide.begin(), list(accumulate(lengths))
+        count, logits = ends[-1], min(logits, self._limits.wide.logits)
+        entry = 0 if kinds == StepKinds() else _VOID
+        segments = [(entry, end - rows, end) for rows, end in zip(lengths, ends, strict=True)]
         tiles = row_tiles(segments)
         host.tiles_I4[: len(tiles)] = tiles
-        host.positions_T[:count] = range(count)
-        host.context_lens_S[0] = count
-        host.set_starts([0, count])
+        host.positions_T[:count] = [place for rows in lengths for place in range(rows)]
+        host.context_lens_S[: len(lengths)] = lengths
+        host.set_starts([0, *ends])
         self._wide.upload()
         step = WideStep(
-            rows=self._wide.narrowed(count, 1, 1, logits),
+            rows=self._wide.narrowed(count, len(lengths), 1, logits),
             segments=segments,
             tiles_I4=self._wide.tiles(len(tiles)),
-            max_query=count,
+            max_query=max(lengths),
         )
         logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, kinds)[:logits]
         self.sampler.sample_padding(logits_LV, SamplingRows(self._wide.sampling.fields_SF[:logits]))
@@ -267,5 +283,5 @@ class DeviceRunner:
 def _kinds(pieces: Sequence[Piece]) -> StepKinds:
     """What the pieces' variants may have."""
     layouts = {piece.entry: piece.task.weights for piece in pieces if piece.entry}
-    found = step_union([layout.kinds for layout in layouts.values()])
+    found = few_ranks(step_union([layout.kinds for layout in layouts.values()]))
     return single(found) if sum(piece.rows for piece in pieces if piece.entry) == len(layouts) else found

@@ -11,12 +11,12 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
 from bitdelta_core.engine.accelerator import Accelerator
-from bitdelta_core.models.device.kinds import StepKinds, single, step_union
+from bitdelta_core.models.device.kinds import StepKinds, few_ranks, single, step_union
 from kernels.device import Kinds
 from kernels.sampling.rows import GREEDY, Wants
 
@@ -107,20 +107,11 @@ class DecodeGraphs(Generic[Output]):
         covering = [family for family in self._families if step_union([family, kinds]) == family]
         if covering:
             return min(covering, key=_width)
-        new = StepKinds(*(_with_few_ranks(k) for k in (kinds.layers, kinds.embed, kinds.head)))
+        new = few_ranks(kinds)
         if len(self._families) >= MAX_FAMILIES:
             new = step_union([*self._families, new])
         self._families.append(new)
         return new
-
-
-def _with_few_ranks(kinds: Kinds) -> Kinds:
-    """Few different ranks make few families."""
-    return replace(kinds, rank=_rounded(kinds.rank), byte_rank=_rounded(kinds.byte_rank))
-
-
-def _rounded(rank: int) -> int:
-    return 0 if rank == 0 else 1 << (rank - 1).bit_length()
 
 
 def _width(kinds: StepKinds) -> tuple[int, int]:

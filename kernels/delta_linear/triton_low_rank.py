@@ -36,28 +36,28 @@ from kernels.delta_linear.triton_parts import LORA_A, LORA_B
 from kernels.device import SEGMENT_ROWS, DeviceDeltas, Target
 
 
-@triton.jit(do_not_specialize=["T", "first"])
+@triton.jit(do_not_specialize=["T", "first", "blocks", "strips"])
 def shrink_kernel(
-    X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T, first, inputs,
-    K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
-    STRIPS: tl.constexpr, WORDS: tl.constexpr, BYTES: tl.constexpr, PACKED: tl.constexpr,
-    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    X, x_stride, SLAB, TABLE, table_stride, SEGMENTS, H, T, first, inputs, blocks, strips,
+    K: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr,
+    BYTES: tl.constexpr, PACKED: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """H[split, t - first, r] = the split's part of x[t] A[r]^T. H is [SPLIT, T, WIDTH]. inputs: K."""
     if PDL:
         gdc_launch_dependents()
     entry, start, stop = parts.segment(SEGMENTS, tl.program_id(1))
-    split, block = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT % BLOCKS
-    start += tl.program_id(0) // (SPLIT * BLOCKS) * BT
+    split, block = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT % blocks
+    start += tl.program_id(0) // (SPLIT * blocks) * BT
     rank = parts.rank_of(TABLE, entry * table_stride, WORDS, BYTES)
     if PDL:
         gdc_wait()  # also where nothing is to be done: who comes after relies on it
     if (stop <= start) | (rank == 0):
         return
     rows: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK) * BK
-    for r0 in range(block * BR, MEMBERS * rank, BLOCKS * BR):
+    for r0 in range(block * BR, MEMBERS * rank, blocks * BR):
         r = r0 + tl.arange(0, BR)
-        for t0 in range(start, stop, STRIPS * BT):
+        for t0 in range(start, stop, strips * BT):
             t = t0 + tl.arange(0, BT)
             h = shrunk(
                 X, x_stride, SLAB, TABLE, entry * table_stride, t, stop, r, MEMBERS * rank, split * rows, inputs, K,
@@ -221,8 +221,8 @@ def shrink(
     blocks, pdl = min(config.blocks, triton.cdiv(width, config.rank_block)), launches.early(x_TK)
     shrink_kernel[(config.split * blocks * config.strips, segments_G4.shape[0])](
         x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, h, rows, first, target.inputs,
-        K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=config.split, BLOCKS=blocks,
-        STRIPS=config.strips, WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
+        blocks, config.strips, K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=config.split,
+        WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,
         BR=config.rank_block, BK=config.inner, STAGES=config.stages, PDL=pdl, num_warps=config.warps,
         **launches.options(pdl),
     )  # fmt: skip

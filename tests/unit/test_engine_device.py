@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from bitdelta_core.engine.device_runner import PROMPTS, DeviceRunner
 from bitdelta_core.models.device.kinds import StepKinds
 from bitdelta_core.models.device.passes import WideStep
+from kernels.delta_linear.row_tiles import row_tiles
 from kernels.device import Kinds
 from tests.unit.engine_device_fakes import device_runner
 from tests.unit.engine_fakes import World, answer
@@ -112,3 +114,27 @@ def test_a_start_computes_every_size_of_prompt_with_what_is_expected(monkeypatch
     for kinds in (StepKinds(), expected):
         sizes = [(rows, logits) for rows, logits, found in seen if found == kinds]
         assert sizes == [(min(rows, 500), min(logits, 256)) for rows, logits in PROMPTS]
+
+
+def test_a_start_computes_mixes_of_prompts_with_ranks_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is expected together, as steps with both have it."""
+    runner, _, decoder, _ = device_runner(64, 16, 4, 500)
+    seen: list[tuple[list[int], StepKinds]] = []
+    prefill = decoder.prefill
+
+    def noting(step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor:
+        lengths = [stop - start for _, start, stop in step.segments]
+        starts = [0, *accumulate(lengths)]
+        assert step.rows.query_starts_S1.tolist() == starts
+        assert step.rows.context_lens_S.tolist() == lengths
+        assert step.rows.positions_T.tolist() == [place for rows in lengths for place in range(rows)]
+        assert step.tiles_I4.tolist() == row_tiles(step.segments)
+        seen.append((lengths, kinds))
+        return prefill(step, sampled_S, kv, kinds)
+
+    monkeypatch.setattr(decoder, "prefill", noting)
+    factors = [StepKinds(layers=Kinds(byte_rank=rank)) for rank in (48, 64, 80)]
+    runner.launch_each([*factors, StepKinds(layers=Kinds(rank=16))])
+    mixed = [kinds.layers for lengths, kinds in seen if lengths == [2, 1, 1]]
+    assert mixed == [Kinds(byte_rank=64), Kinds(byte_rank=128), Kinds(byte_rank=128, rank=16)]
+    assert len(seen) == 5 * len(PROMPTS) + 2 * len(mixed)

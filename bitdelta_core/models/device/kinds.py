@@ -58,6 +58,16 @@ def step_union(kinds: Sequence[StepKinds]) -> StepKinds:
     return StepKinds(*(union([getattr(k, part) for k in kinds]) for part in ("layers", "embed", "head")))
 
 
+def few_ranks(kinds: StepKinds) -> StepKinds:
+    """Ranks rounded up to powers of two: kernels are compiled for each, and variants have all sorts."""
+    return StepKinds(*(_rounded(k) for k in (kinds.layers, kinds.embed, kinds.head)))
+
+
+def _rounded(kinds: Kinds) -> Kinds:
+    rank, byte_rank = (0 if rank == 0 else 1 << (rank - 1).bit_length() for rank in (kinds.rank, kinds.byte_rank))
+    return replace(kinds, rank=rank, byte_rank=byte_rank)
+
+
 def single(kinds: StepKinds) -> StepKinds:
     """Of a step in which no variant has more than one row; where there are no signs that changes nothing."""
     layers, head = (replace(k, single=k.signs) for k in (kinds.layers, kinds.head))
