@@ -2,7 +2,7 @@
 
 One figure for each base. A point is the mean over the fine-tunes and seeds; a pale bar reaches down to the worst
 fine-tune, a thin one shows the least and the largest seed. Bits count every byte of the linears' parts. Ways that one
-of the base's fine-tunes or its seeds lacks are left out, as are adapters.
+of the base's fine-tunes or its seeds lacks are left out, as are adapters, and bases without a curve of three points.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from fidelity_table import RESULTS, Cell, Models, Way, bases, full, plain
 
 FIGURES = RESULTS.parents[2] / "docs" / "figures"
 PRODUCT = ("auto", "bitdelta", "deltadq")
+LEAST = 3
+"""Points of a base's longest curve"""
 LOWEST = -0.2
 """What falls below is drawn here: a variant can be far worse than its base."""
 
@@ -80,6 +82,8 @@ def main() -> None:
     found = bases(results.read_text().splitlines())
     smallest = min(found)
     for models, finetunes in found.items():
+        if max(len(curve.points) for curve in curves(finetunes).values()) < LEAST:
+            continue
         size = () if models == smallest else (f"{models.parameters / 1e6:.0f}m", *models.label.replace(",", "").split())
         chart(models, finetunes).write(FIGURES / f"{'-'.join(('fidelity', *size))}.svg")
 

@@ -13,9 +13,10 @@ from linear_cases import weights_of
 from synthetic import Shape
 
 from kernels.delta_linear import gluon_product, wide
+from kernels.delta_linear.row_tiles import SIZES, row_tiles
 from kernels.device import Target
 
-PREFILLS = ((128, 1), (512, 1), (2048, 1), (512, 16), (2048, 16))
+PREFILLS = ((64, 1), (128, 1), (512, 1), (2048, 1), (512, 16), (1024, 16), (2048, 16))
 """(rows, variants)"""
 CONTEXTS = (512, 1024, 4096)
 CHUNKS = ((512, 512), (2048, 2048), (512, 4096))
@@ -43,7 +44,7 @@ def prefill(session: Any, name: str, shape: Shape) -> None:
 def _time_prefill(session: Any, case: dict, target: Target, weights: list, made: Any, rows: Rows) -> None:
     device, dtype, count = gpu_timing.device(), made.dtype, rows.entry_T.shape[0]
     x_TK = torch.randn(count, target.inputs, device=device).to(dtype)
-    tiles = torch.tensor(wide.row_tiles(rows.segments), dtype=torch.int32, device=device)
+    tiles = torch.tensor(row_tiles(rows.segments), dtype=torch.int32, device=device)
     kinds = made.parts.kinds()
     workspace = torch.empty(wide.workspace_bytes(target, count, kinds, dtype), dtype=torch.uint8, device=device)
     out_TN = torch.empty(count, target.outputs, dtype=dtype, device=device)
@@ -76,7 +77,8 @@ def _ways(target: Target, specialised: bool) -> dict[str, wide.Way | None]:
         name = f"merge, slices{', overlapped' if overlap else ''}"
         found[name] = wide.Way("merge", slice_bytes=SLICE, overlap=overlap)
     found |= {"fused": wide.Way("fused"), "split": wide.Way("split")}
-    return found | ({"specialised": wide.Way("specialised")} if specialised else {})
+    sizes = {f"specialised, {rows}": wide.Way("specialised", rows=rows) for rows in SIZES}
+    return found | (sizes if specialised else {})
 
 
 def attention(session: Any, name: str, shape: Shape) -> None:

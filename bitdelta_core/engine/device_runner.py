@@ -266,7 +266,7 @@ class DeviceRunner:
             tiles_I4=buffers.tiles(len(tiles)),
             max_query=max(p.rows for p in pieces),
         )
-        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, _kinds(pieces))[:logits]
+        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, few_ranks(_kinds(pieces)))[:logits]
         self.sampler.sample_wide(pieces, logits_LV, SamplingRows(buffers.sampling.fields_SF[:logits]))
         self.sampler.sample_apart(pieces, logits_LV)
         at = 0
@@ -283,5 +283,5 @@ class DeviceRunner:
 def _kinds(pieces: Sequence[Piece]) -> StepKinds:
     """What the pieces' variants may have."""
     layouts = {piece.entry: piece.task.weights for piece in pieces if piece.entry}
-    found = few_ranks(step_union([layout.kinds for layout in layouts.values()]))
+    found = step_union([layout.kinds for layout in layouts.values()])
     return single(found) if sum(piece.rows for piece in pieces if piece.entry) == len(layouts) else found

@@ -32,8 +32,14 @@ def starts(segments: Sequence[Rows]) -> dict[int, int]:
     found, at = {}, 0
     for size in SIZES:
         found[size] = at
-        at += sum(-(-(stop - start) // size) for _, start, stop in segments)
+        at += sum(count(segment, size) for segment in segments)
     return found
+
+
+def count(segment: Rows, size: int) -> int:
+    """Tiles of a segment."""
+    _, start, stop = segment
+    return -(-(stop - start) // size)
 
 
 def most_row_tiles(rows: int, segments: int) -> int:

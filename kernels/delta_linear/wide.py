@@ -36,7 +36,7 @@ from kernels.delta_linear import (
     triton_product,
 )
 from kernels.delta_linear.choice import multiprocessors
-from kernels.delta_linear.row_tiles import ROWS, Rows, cut, row_tiles, spans, starts
+from kernels.delta_linear.row_tiles import ROWS, SIZES, Rows, count, cut, spans, starts
 from kernels.delta_linear.triton_dense import dense
 from kernels.delta_linear.triton_low_rank import low_rank
 from kernels.delta_linear.triton_merge import MergeConfig, merge
@@ -57,7 +57,6 @@ __all__ = [
     "plan",
     "prefill_linear",
     "replace_rows",
-    "row_tiles",
     "workspace_bytes",
 ]
 
@@ -87,6 +86,8 @@ class Way:
     merge: MergeConfig | None = None
     product: ProductConfig | None = None
     """None: by rule"""
+    rows: int | None = None
+    """Of specialised's tiles, one of SIZES; None: by rule"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def plan(
         entry, start, stop = segment
         assert stop > start, f"empty segment {segment}"
         way = impl or ("split" if entry == 0 else long if stop - start >= many else short)
-        own = {size: slice(at, at + -(-(stop - start) // size)) for size, at in tiles.items()}
+        own = {size: slice(at, at + count(segment, size)) for size, at in tiles.items()}
         tiles = {size: found.stop for size, found in own.items()}
         if runs and runs[-1].impl == way and runs[-1].rows.stop == start:
             last = runs.pop()
@@ -149,6 +150,7 @@ def choose(target: Target, kinds: Kinds, device: torch.device) -> Way:
         found.get("overlap", False),
         MergeConfig(**merge_config) if merge_config else None,
         ProductConfig(**product_config) if product_config else None,
+        found.get("rows"),
     )
 
 
@@ -160,7 +162,7 @@ def candidates(target: Target, kinds: Kinds, rows: int) -> list[Way]:
     ways = [Way("merge", slice_bytes=whole, merge=config) for config in triton_merge.candidates(target, kinds)]
     ways += [Way("merge", slice_bytes=size, overlap=overlap) for size in slices for overlap in (False, True)]
     ways += [Way(impl, product=c) for impl in ("fused", "split") for c in triton_product.candidates(rows)]
-    return [*ways, Way("specialised")]
+    return [*ways, *(Way("specialised", rows=size) for size in SIZES)]
 
 
 def prefill_linear(
@@ -180,7 +182,7 @@ def prefill_linear(
     """out = x (W + D)^T in the compute dtype, for the rows of every segment; the base's are segments of entry 0.
 
     Args:
-        tiles_I4: `row_tiles(segments)` on the device.
+        tiles_I4: `row_tiles.row_tiles(segments)` on the device.
         workspace: uint8, aligned to 256, at least `workspace_bytes`.
         impl: instead of the way's.
         way: None: what `choose` finds.
@@ -202,7 +204,7 @@ def prefill_linear(
                 _product(x_TK, weight_NK, target, deltas, tiles_I4, run, kinds, out_TN, workspace, way)
             case "specialised":
                 assert gluon_product.supports(x_TK, weight_NK, target, kinds), "not for these deltas, shapes or device"
-                _specialised(x_TK, weight_NK, target, deltas, tiles_I4, run, out_TN)
+                _specialised(x_TK, weight_NK, target, deltas, tiles_I4, run, out_TN, way.rows)
             case "reference":
                 for segment in run.segments:
                     _reference(x_TK, weight_NK, target, deltas, segment, out_TN)
@@ -351,9 +353,11 @@ def _specialised(
     tiles_I4: torch.Tensor,
     run: Run,
     out_TN: torch.Tensor,
+    rows: int | None,
 ) -> None:
     programs = multiprocessors(x_TK.device)
-    size = gluon_product.tile_rows(target, {size: t.stop - t.start for size, t in run.tiles.items()}, programs)
+    counts = {size: tiles.stop - tiles.start for size, tiles in run.tiles.items()}
+    size = rows or gluon_product.tile_rows(target, counts, programs)
     tiles = tiles_I4[run.tiles[size]]
     gluon_product.product(x_TK, weight_NK, target, deltas, tiles, out_TN, rows=size, programs=programs)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernels.delta_linear import low_rank_choice, table_reference, wide
 from kernels.delta_linear.device import delta_linear, partials_of
 from kernels.delta_linear.low_rank_choice import LowRankConfig
+from kernels.delta_linear.row_tiles import row_tiles, spans
 from kernels.delta_linear.triton_bytes import _TO_BF16, _TO_FP16
 from kernels.device import Field, Kinds, Target
 from tests.kernels.device_harness import DEVICE, DTYPES, MIXES, POISON, Rows, Spec, World, poisoned, rows, world
@@ -206,8 +207,8 @@ def test_prefill_of_a_narrow_linear() -> None:
 
 def test_spans() -> None:
     tiles = [[1, 0, 256, 0], [1, 256, 290, 0], [2, 290, 300, 0], [3, 300, 556, 0], [3, 556, 560, 0]]
-    assert list(wide.spans(tiles, 300)) == [(slice(0, 3), (0, 300)), (slice(3, 5), (300, 560))]
-    assert list(wide.spans(tiles[:1], 300)) == [(slice(0, 1), (0, 256))]
+    assert list(spans(tiles, 300)) == [(slice(0, 3), (0, 300)), (slice(3, 5), (300, 560))]
+    assert list(spans(tiles[:1], 300)) == [(slice(0, 1), (0, 256))]
 
 
 def test_workspace_is_bounded_and_enough() -> None:
@@ -283,7 +284,7 @@ def prefill(w: World, target: Target, segments: list[tuple[int, int, int]], impl
     out = poisoned((count, target.outputs), w.dtype)
     space = wide.workspace_bytes(target, count, kinds, w.dtype)
     workspace = torch.full((space,), POISON, dtype=torch.uint8, device=DEVICE)
-    tiles = torch.tensor(wide.row_tiles(segments), dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor(row_tiles(segments), dtype=torch.int32, device=DEVICE)
     wide.prefill_linear(x, weight, target, w.deltas, tiles, segments, kinds, out, workspace, impl=impl)
     for entry, start, stop in segments:
         d = table_reference.matrix(w.deltas, target, entry, w.dtype).double()

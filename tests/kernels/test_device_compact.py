@@ -15,6 +15,7 @@ from kernels.delta_linear.choice import Config
 from kernels.delta_linear.compact import CompactConfig
 from kernels.delta_linear.compact_check import TOLERANCE, compact_error
 from kernels.delta_linear.device import delta_linear
+from kernels.delta_linear.row_tiles import row_tiles
 from kernels.delta_linear.triton_compact import _TRADE
 from kernels.device import Kinds, Partials, Planes, Target
 from kernels.kept import Form
@@ -220,7 +221,7 @@ def test_prefill_merges(counts: list[int]) -> None:
     x = activations(2 + sum(counts), 300, dtype)
     weight = (torch.randn(150, 300, generator=torch.Generator().manual_seed(9)) * 0.05).to(x)
     out, kinds = poisoned((len(x), 150), dtype), made.kinds()
-    tiles = torch.tensor(wide.row_tiles(segments), dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor(row_tiles(segments), dtype=torch.int32, device=DEVICE)
     room = torch.empty(wide.workspace_bytes(target, len(x), kinds, dtype), dtype=torch.uint8, device=DEVICE)
     way = wide.Way(slice_bytes=64 * 300 * dtype.itemsize)
     wide.prefill_linear(x, weight, target, made.deltas, tiles, segments, kinds, out, room, way=way)

@@ -82,11 +82,12 @@ def test_specialised(target: Target) -> None:
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("rows", row_tiles.SIZES)
-def test_specialised_in_every_size_of_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon_product, "tile_rows", lambda *_: rows)
+def test_specialised_in_every_size_of_tiles(rows: int) -> None:
     target = Target(0, 520, 192)
     w = world([target], [{"signs": 1}, {}, {"signs": 1}, {"signs": 1}], DTYPES[0], seed=11)
-    check(w, target, {0: 70, 1: 2 * rows + 1, 2: rows, 3: 3, 4: rows - 1}, "specialised")
+    ends = list(itertools.accumulate((70, 2 * rows + 1, rows, 3, rows - 1), initial=0))
+    segments = [(entry, *span) for entry, span in enumerate(itertools.pairwise(ends))]
+    prefill(w, target, segments, None, wide.Way("specialised", rows=rows))
 
 
 def test_a_segment_of_several_tiles() -> None:
@@ -200,7 +201,7 @@ def prefill(
     out = poisoned((rows, target.outputs), w.dtype)
     space = wide.workspace_bytes(target, rows, kinds, w.dtype)
     workspace = torch.full((space,), POISON, dtype=torch.uint8, device=DEVICE)
-    tiles = torch.tensor(wide.row_tiles(segments), dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor(row_tiles.row_tiles(segments), dtype=torch.int32, device=DEVICE)
     wide.prefill_linear(x, weight, target, w.deltas, tiles, segments, kinds, out, workspace, impl=impl, way=way)
     for entry, start, stop in segments:
         d = table_reference.matrix(w.deltas, target, entry, w.dtype).double()

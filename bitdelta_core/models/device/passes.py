@@ -29,7 +29,7 @@ class WideStep:
     segments: Segments
     """Of all rows, the base's too, in order"""
     tiles_I4: torch.Tensor
-    """`wide.row_tiles(segments)`, on the device"""
+    """`row_tiles.row_tiles(segments)`, on the device"""
     max_query: int
     """Most rows of one sequence"""
 
