@@ -20,7 +20,7 @@ from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.variant import DeltaConfigLike
 from bitdelta_core.models.weights import Weights
 from kernels.delta_linear import choice, compact
-from kernels.delta_linear.wide import row_tiles
+from kernels.delta_linear.row_tiles import row_tiles
 from kernels.device import UNIT, segment_table
 from tests.unit.models_harness import Running
 
