@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -81,7 +82,9 @@ class Clock:
             part = "writing"
         elif part == "decomposing" and done == total - 1 and "writing" not in self.began:
             self.began["spreading"] = time.monotonic()  # but for the last matrix
-        self.began.setdefault(part, time.monotonic())
+        if part not in self.began:
+            print(f"{part} after {time.monotonic() - self.began['reading']:.0f} s", file=sys.stderr, flush=True)
+            self.began[part] = time.monotonic()
 
     def seconds(self) -> dict[str, float]:
         ends = [*list(self.began.values())[1:], time.monotonic()]
