@@ -40,6 +40,7 @@ from bitdelta_core.delta.calibration import read_calibration
 from bitdelta_core.delta.format import open_delta
 from bitdelta_core.delta.inspect import Summary, summarise
 
+_TELL_S = 15.0
 _RANK, _RELATIVE, _NOISE = 64, 0.03, 0.5
 """Of the difference: its rank, its norm beside the weights', and how much of it is noise."""
 
@@ -75,6 +76,7 @@ class Clock:
     """When each part of a compression began, from what it reports of its progress."""
 
     began: dict[str, float] = field(default_factory=lambda: {"reading": time.monotonic()})
+    told: float = field(default_factory=time.monotonic)
 
     def __call__(self, done: int, total: int, name: str) -> None:
         part = "spreading" if name == "distillation" else "decomposing"
@@ -82,9 +84,10 @@ class Clock:
             part = "writing"
         elif part == "decomposing" and done == total - 1 and "writing" not in self.began:
             self.began["spreading"] = time.monotonic()  # but for the last matrix
-        if part not in self.began:
-            print(f"{part} after {time.monotonic() - self.began['reading']:.0f} s", file=sys.stderr, flush=True)
-            self.began[part] = time.monotonic()
+        self.began.setdefault(part, time.monotonic())
+        if time.monotonic() - self.told > _TELL_S:
+            self.told = time.monotonic()
+            print(f"{part}: {done} of {total}, {self.told - self.began['reading']:.0f} s", file=sys.stderr, flush=True)
 
     def seconds(self) -> dict[str, float]:
         ends = [*list(self.began.values())[1:], time.monotonic()]

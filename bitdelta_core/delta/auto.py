@@ -198,10 +198,10 @@ class Run:
         names = sorted(self.plan.pool, key=lambda name: (self.plan.pool[name], name))  # equals are rounded together
         if self.known is not None:
             return {name: partial(self.known.__getitem__, name) for name in names}
-        load: Callable[[str], Spectrum] = partial(_loaded, self.stage, self.device)
+        read: Callable[[str], dict[str, torch.Tensor]] = partial(_staged, self.stage, self.device)
         size = sum((self.stage.path / f"{_file(name)}.safetensors").stat().st_size for name in names)
-        load = cache(load) if 2 * size <= free_bytes(self.device) / 2 else load
-        return {name: partial(load, name) for name in names}
+        read = cache(read) if size <= free_bytes(self.device) / 2 else read
+        return {name: partial(_spectrum, read, name) for name in names}
 
     def _enlarged(self, spectra: Mapping[str, Callable[[], Spectrum]], found: Fit) -> Coding:
         """The coding with scales that make up for what each matrix lost, as far as that helps on calibration text."""
@@ -319,12 +319,16 @@ def _tensors(spectrum: Spectrum) -> dict[str, torch.Tensor]:
     return found
 
 
-def _loaded(stage: Stage, device: torch.device, name: str) -> Spectrum:
-    found = stage.load(_file(name))
-    a, b = (found[side].to(device).float() * found[f"{side}.most"].to(device) for side in ("a", "b"))
+def _staged(stage: Stage, device: torch.device, name: str) -> dict[str, torch.Tensor]:
+    """As they were saved: half of what the spectrum takes, so that a GPU holds those of a whole 8B."""
+    return {key: tensor.to(device) for key, tensor in stage.load(_file(name)).items()}
+
+
+def _spectrum(read: Callable[[str], dict[str, torch.Tensor]], name: str) -> Spectrum:
+    found = read(name)
+    a, b = (found[side].float() * found[f"{side}.most"] for side in ("a", "b"))
     weights = found["weights"][0].item(), found["weights"][1].item()
-    factors = [found[f"{side}.factor"].to(device) if f"{side}.factor" in found else None for side in ("a", "b")]
-    return Spectrum(a, b, found["s"].to(device), weights, (factors[0], factors[1]))
+    return Spectrum(a, b, found["s"], weights, (found.get("a.factor"), found.get("b.factor")))
 
 
 def _packed(coding: Coding, measured: Mapping[str, float]) -> dict[str, torch.Tensor]:

@@ -2,8 +2,8 @@
 
 Labels are drawn from the fine-tune's own predictions, so the gradients' second moment is the Fisher information of the
 output, Kronecker-factored per matrix (K-FAC; Martens and Grosse, arXiv 1503.05671). The whole model is in memory, and
-as many moments as fit MOMENT_BYTES; for more of them the text is run again. A model that does not fit is measured by
-`streaming.py`.
+as many moments as fit MOMENT_BYTES, or a third of what a GPU has free; for more of them the text is run again. A model
+that does not fit is measured by `streaming.py`.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def measure(model: Any, names: Sequence[str], batches: Batches, count: int) -> I
     They lie where the model does.
     """
     sizes = {name: moments.nbytes(name, model.get_parameter(name)) for name in names}
-    waiting = list(names)
+    waiting, device = list(names), next(model.parameters()).device
+    most = MOMENT_BYTES if device.type == "cpu" else max(MOMENT_BYTES, free_bytes(device) / 3)
     while waiting:
-        room, chosen = MOMENT_BYTES, []
+        room, chosen = most, []
         while waiting and (not chosen or sizes[waiting[0]] <= room):
             room -= sizes[waiting[0]]
             chosen.append(waiting.pop(0))
