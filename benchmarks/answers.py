@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -173,8 +173,10 @@ def main() -> None:
     config = EngineConfig(device=args.device, max_model_len=args.longest + 64, max_num_seqs=64)
     with tempfile.TemporaryDirectory() as work:
         served = list(variants(args, config.torch_dtype, Path(work)))
-        kinds = {variant.codec: open_delta(variant.delta).config for variant in served}
-        with Engine(args.base, config, published=lambda base: list(kinds.values())) as engine:
+        by_size = sorted(served, key=lambda variant: open_delta(variant.delta).nbytes)
+        largest = {variant.codec: str(variant.delta) for variant in by_size}
+        config = replace(config, cuda_graph_deltas=tuple(largest.values()))
+        with Engine(args.base, config) as engine:
             for variant in served:
                 variant.sha256 = engine.add_delta(variant.delta)
             began = time.monotonic()

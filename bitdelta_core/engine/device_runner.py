@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from bitdelta_core.engine import rehearsal
 from bitdelta_core.engine.accelerator import Accelerator, Mark
 from bitdelta_core.engine.api import SamplingParams
 from bitdelta_core.engine.device_sampler import DeviceSampler, Place, Tops
@@ -30,8 +31,6 @@ from kernels.device import SEGMENT_ROWS, StepRows, segment_table
 from kernels.sampling import sample
 from kernels.sampling.rows import SamplingRows
 
-PROMPTS = ((2**30, 1), (400, 40), (200, 20), (100, 1), (48, 1), (24, 1), (8, 1))
-"""Rows, and rows with logits, of one wide pass each: between these, products and heads are made of other kernels."""
 _VOID = 1
 """An entry without a variant, while none has been loaded"""
 
@@ -42,8 +41,6 @@ class PassDecoder(Protocol):
     def decode(self, rows: StepRows, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor: ...
 
     def prefill(self, step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor: ...
-
-    def mixes(self, kinds: StepKinds, rows: int, sequences: int, known: Sequence[Sequence[int]]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +137,7 @@ class DeviceRunner:
             pass_rows=max(limits.sequences, limits.wide.logits),
             sequences=limits.sequences,
         )
+        self._prepared: tuple[StepKinds, ...] = ()
         self._place_of: dict[EngineSequence, int] = {}
         """Where the last step's tokens are."""
 
@@ -154,15 +152,15 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def launch_each(self, kinds: Sequence[StepKinds] = ()) -> None:
-        """Every size of prompt at which kernels change, and all that `warm_up` captures, for the bare base and variants
-        with these kinds of deltas, by themselves and together: once, without graphs, so that
-        `kernels.compiling.together` compiles it."""
+        """The steps of `rehearsal`, and all that `warm_up` captures, for the bare base and variants with these kinds of
+        deltas, by themselves and together: once, without graphs, so that `kernels.compiling.together` compiles it."""
+        limits = self._limits
+        steps = rehearsal.steps(limits.rows, limits.sequences, self._longest(limits.rows), limits.wide.logits)
+        self._prepared = tuple(map(few_ranks, kinds))
         with self._accelerator.in_steps():
-            for known in dict.fromkeys(map(few_ranks, (StepKinds(), *kinds, step_union(kinds)))):
-                for rows, logits in PROMPTS:
-                    self._launch_wide([self._longest(rows)], logits, known)
-                for lengths in self._mixes(known):
-                    self._launch_wide(lengths, 1, known)
+            for known in dict.fromkeys((StepKinds(), *self._prepared, step_union(self._prepared))):
+                for lengths, logits in steps:
+                    self._launch_wide(lengths, logits, known)
             for shape in self.graphs.expected(kinds):
                 self._launch_decode(shape)
 
@@ -180,17 +178,11 @@ class DeviceRunner:
         """As much of a prompt of so many rows as there may be."""
         return min(rows, self._limits.rows, self._limits.blocks * self._limits.block_size)
 
-    def _mixes(self, kinds: StepKinds) -> list[list[int]]:
-        """Rows of each sequence in further steps that need other kernels."""
-        prompts = [[self._longest(rows)] for rows, _ in PROMPTS]
-        found = self._decoder.mixes(kinds, self._limits.rows, self._limits.sequences, prompts)
-        return [lengths for lengths in found if max(lengths) == self._longest(max(lengths))]
-
     def _launch_wide(self, lengths: Sequence[int], logits: int, kinds: StepKinds) -> None:
         """Sequences of so many rows, all of whose blocks are block 0. Products look for the parts of an entry that has
         none yet; all else is the base's, whose numbers are finite."""
         host, ends = self._wide.begin(), list(accumulate(lengths))
-        count, logits = ends[-1], min(logits, self._limits.wide.logits)
+        count = ends[-1]
         entry = 0 if kinds == StepKinds() else _VOID
         segments = [(entry, end - rows, end) for rows, end in zip(lengths, ends, strict=True)]
         tiles = row_tiles(segments)
@@ -266,7 +258,8 @@ class DeviceRunner:
             tiles_I4=buffers.tiles(len(tiles)),
             max_query=max(p.rows for p in pieces),
         )
-        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, few_ranks(_kinds(pieces)))[:logits]
+        kinds = few_ranks(_kinds(pieces), self._prepared)
+        logits_LV = self._decoder.prefill(step, self.sampler.words, self._kv, kinds)[:logits]
         self.sampler.sample_wide(pieces, logits_LV, SamplingRows(buffers.sampling.fields_SF[:logits]))
         self.sampler.sample_apart(pieces, logits_LV)
         at = 0

@@ -24,6 +24,8 @@ _PROGRAMS = 512
 """Of byte factors, up to which K is split: expand reads what every split has left, and splits for more were slower"""
 _FULL, _FEW = 1024, 64
 """Programs of expand, from which they are made larger, and up to which smaller"""
+_AT_ONCE = 256
+"""Programs of shrink that a large GPU runs at the same time: up to so many, each has one block of ranks"""
 _MOST_PROGRAMS = 8192
 """Of one launch of shrink: those of short ranks end at once, but not for nothing"""
 
@@ -39,7 +41,7 @@ class LowRankConfig:
     """Inputs that are loaded at once"""
     stages: int = 4
     blocks: int = 8
-    """Programs for the rank blocks of one segment and split"""
+    """Programs for the rank blocks of one segment and split; more where segments are few: `shrink_blocks`"""
     strips: int = 1
     """Programs for the row blocks of one segment, split and rank block"""
     outputs: int = 64
@@ -132,6 +134,12 @@ def byte_rule(target: Target, rows: int, segments: int, rank: int, longest: int)
         warps=block // 16,
         ranks=128 if at_once == 8 and split <= 2 else 64,
     )
+
+
+def shrink_blocks(config: LowRankConfig, width: int, segments: int) -> int:
+    """Programs for the `width` rows of A of one segment and split."""
+    room = _AT_ONCE // max(1, segments * config.split * config.strips)
+    return min(triton.cdiv(width, config.rank_block), max(config.blocks, room))
 
 
 def expanded_ranks(config: LowRankConfig, rank: int, buffers: int) -> int:

@@ -218,8 +218,9 @@ def shrink(
     assert max_rank % 16 == 0, f"rank {max_rank} is not padded to 16"
     assert workspace.numel() >= 4 * size, f"workspace of {workspace.numel()} bytes, {4 * size} needed"
     h = workspace[: 4 * size].view(torch.float32).view(config.split, rows, width)
-    blocks, pdl = min(config.blocks, triton.cdiv(width, config.rank_block)), launches.early(x_TK)
-    shrink_kernel[(config.split * blocks * config.strips, segments_G4.shape[0])](
+    segments, pdl = segments_G4.shape[0], launches.early(x_TK)
+    blocks = low_rank_choice.shrink_blocks(config, width, segments)
+    shrink_kernel[(config.split * blocks * config.strips, segments)](
         x_TK, x_TK.stride(0), *parts.table_arguments(deltas, target), segments_G4, h, rows, first, target.inputs,
         blocks, config.strips, K=target.inputs, MEMBERS=len(target.members), WIDTH=width, SPLIT=config.split,
         WORDS=words, BYTES=factor_bytes, PACKED=_is_packed(x_TK), BT=config.rows,

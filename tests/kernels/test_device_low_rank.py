@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernels.delta_linear import low_rank_choice, table_reference, wide
 from kernels.device import DeviceDeltas, Field, Target
@@ -112,3 +114,14 @@ def run(
     size = 4 * low_rank_choice.workspace_floats(target, x.shape[0], max_rank)
     workspace = torch.full((size,), POISON, dtype=torch.uint8, device=DEVICE)
     wide.low_rank(x, target, d, batch.segments_G4, max_rank, into, workspace, add=add)
+
+
+@given(st.integers(1, 32).map(lambda n: 16 * n), st.integers(1, 3), st.integers(1, 64))
+def test_few_segments_have_a_program_for_each_block_of_ranks(rank: int, members: int, segments: int) -> None:
+    target = Target(0, 12288, 4096, tuple(4096 * i for i in range(members)))
+    config = low_rank_choice.choose(target, segments, rank, torch.device("cpu"))
+    all_blocks = -(-members * rank // config.rank_block)
+    found = low_rank_choice.shrink_blocks(config, members * rank, segments)
+    assert min(config.blocks, all_blocks) <= found <= all_blocks
+    assert found <= config.blocks or found * segments * config.split <= 256
+    assert found == all_blocks or segments > 1

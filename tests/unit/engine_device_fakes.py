@@ -6,7 +6,7 @@ times, and what is launched outside the order of steps is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -120,10 +120,6 @@ class FakePassDecoder:
         assert rows.query_starts_S1.tolist() == starts
         self._pass(rows, range(used), list(range(used)), sampled_S, kv, kinds)
         return self._logits[: rows.tokens_T.shape[0]]
-
-    def mixes(self, kinds: StepKinds, rows: int, sequences: int, known: Sequence[Sequence[int]]) -> list[list[int]]:
-        assert all(sum(lengths) <= rows and len(lengths) <= sequences for lengths in known)
-        return [[2, 1, 1], [rows]] if kinds.layers.byte_rank else []
 
     def prefill(self, step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor:
         rows, entries = step.rows, step.rows.entry_T.tolist()

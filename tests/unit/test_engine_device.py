@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bitdelta_core.engine.device_runner import PROMPTS, DeviceRunner
-from bitdelta_core.models.device.kinds import StepKinds
+from bitdelta_core.engine import device_runner as device_runner_module
+from bitdelta_core.engine import rehearsal
+from bitdelta_core.engine.device_runner import DeviceRunner
+from bitdelta_core.models.device.kinds import StepKinds, step_union
 from bitdelta_core.models.device.passes import WideStep
 from kernels.delta_linear.row_tiles import row_tiles
 from kernels.device import Kinds
@@ -94,47 +96,48 @@ def test_a_step_is_launched_before_the_last_one_is_over() -> None:
     assert world.tokens("r") == answer(None, PROMPT, 4)
 
 
-def test_a_start_computes_every_size_of_prompt_with_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that their kernels are there, and on padding, which nobody's KV or counts see."""
+def test_a_start_computes_its_steps_with_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that their kernels are there: ranks rounded up, and what is expected together, as steps with both have it. On
+    padding, which nobody's KV or counts see."""
     runner, tables, decoder, _ = device_runner(64, 16, 4, 500)
-    seen: list[tuple[int, int, StepKinds]] = []
-    prefill = decoder.prefill
-
-    def noting(step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor:
-        seen.append((step.rows.tokens_T.shape[0], step.rows.logit_rows_L.shape[0], kinds))
-        assert not step.rows.kv_slots_T.any()
-        assert not step.rows.entry_T.any()
-        assert {entry for entry, _, _ in step.segments} == {0 if kinds == StepKinds() else 1}
-        return prefill(step, sampled_S, kv, kinds)
-
-    monkeypatch.setattr(decoder, "prefill", noting)
-    monkeypatch.setattr(tables, "extents", {1: torch.zeros(64, dtype=torch.uint8)})
-    expected = StepKinds(Kinds(signs=True), Kinds(), Kinds(signs=True))
-    runner.launch_each([expected])
-    for kinds in (StepKinds(), expected):
-        sizes = [(rows, logits) for rows, logits, found in seen if found == kinds]
-        assert sizes == [(min(rows, 500), min(logits, 256)) for rows, logits in PROMPTS]
-
-
-def test_a_start_computes_mixes_of_prompts_with_ranks_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is expected together, as steps with both have it."""
-    runner, _, decoder, _ = device_runner(64, 16, 4, 500)
-    seen: list[tuple[list[int], StepKinds]] = []
+    seen: list[tuple[tuple[int, ...], int, StepKinds]] = []
     prefill = decoder.prefill
 
     def noting(step: WideStep, sampled_S: torch.Tensor, kv: Any, kinds: StepKinds) -> torch.Tensor:
         lengths = [stop - start for _, start, stop in step.segments]
         starts = [0, *accumulate(lengths)]
+        assert {entry for entry, _, _ in step.segments} == {0 if kinds == StepKinds() else 1}
         assert step.rows.query_starts_S1.tolist() == starts
         assert step.rows.context_lens_S.tolist() == lengths
         assert step.rows.positions_T.tolist() == [place for rows in lengths for place in range(rows)]
         assert step.tiles_I4.tolist() == row_tiles(step.segments)
-        seen.append((lengths, kinds))
+        assert not step.rows.kv_slots_T.any()
+        assert not step.rows.entry_T.any()
+        seen.append((tuple(lengths), step.rows.logit_rows_L.shape[0], kinds))
         return prefill(step, sampled_S, kv, kinds)
 
     monkeypatch.setattr(decoder, "prefill", noting)
-    factors = [StepKinds(layers=Kinds(byte_rank=rank)) for rank in (48, 64, 80)]
-    runner.launch_each([*factors, StepKinds(layers=Kinds(rank=16))])
-    mixed = [kinds.layers for lengths, kinds in seen if lengths == [2, 1, 1]]
-    assert mixed == [Kinds(byte_rank=64), Kinds(byte_rank=128), Kinds(byte_rank=128, rank=16)]
-    assert len(seen) == 5 * len(PROMPTS) + 2 * len(mixed)
+    monkeypatch.setattr(tables, "extents", {1: torch.zeros(64, dtype=torch.uint8)})
+    factors = [Kinds(byte_rank=rank) for rank in (48, 64, 80)]
+    runner.launch_each([StepKinds(layers=kinds) for kinds in (*factors, Kinds(rank=16))])
+    met = dict.fromkeys(kinds.layers for _, _, kinds in seen)
+    rounded = Kinds(byte_rank=64), Kinds(byte_rank=128), Kinds(rank=16), Kinds(byte_rank=128, rank=16)
+    assert list(met) == [Kinds(), *rounded]
+    for own in met:
+        assert [(*step,) for *step, kinds in seen if kinds.layers == own] == rehearsal.steps(500, 4, 500, 256)
+
+
+def test_ranks_of_a_step_are_those_that_a_start_has_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(runner="device")
+    runner = world.runner
+    assert isinstance(runner, DeviceRunner)
+    met: list[StepKinds] = []
+    kinds_of, factors = device_runner_module._kinds, StepKinds(Kinds(byte_rank=48))
+    monkeypatch.setattr(device_runner_module, "_kinds", lambda pieces: step_union([kinds_of(pieces), factors]))
+    prefill = runner._decoder.prefill
+    monkeypatch.setattr(runner._decoder, "prefill", lambda *args: met.append(args[-1]) or prefill(*args))
+    runner.launch_each([StepKinds(Kinds(byte_rank=250))])
+    met.clear()
+    world.ask("one", PROMPT, delta=A, max_tokens=1)
+    world.run()
+    assert {kinds.layers.byte_rank for kinds in met} == {256}

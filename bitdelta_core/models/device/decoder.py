@@ -10,7 +10,7 @@ Not covered: architectures that `supports` names; tensor parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -28,7 +28,6 @@ from bitdelta_core.models.device.tables import DeltaTables
 from bitdelta_core.models.device.targets import OPS, misfit, targets_of
 from bitdelta_core.models.parameters import FINAL_NORM, LayerVectors, Span
 from bitdelta_core.models.weights import Weights
-from kernels.delta_linear import foreseen
 from kernels.delta_linear.device import delta_linear
 from kernels.device import Partials, StepRows, Target
 from kernels.embedding.device import embed
@@ -116,14 +115,6 @@ class DeviceDecoder:
             yield
         finally:
             self._layers = every
-
-    def mixes(self, kinds: StepKinds, rows: int, sequences: int, known: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Rows of each sequence of wide steps, of at most so many rows and sequences, that need kernels which `known`
-        steps do not. For compiling."""
-        if not kinds.layers.byte_rank:
-            return []
-        targets = [self._layers[0].targets[op] for op in OPS]
-        return foreseen.mixes(targets, kinds.layers.byte_rank, rows, sequences, self._shapes.device, known)
 
     @torch.inference_mode()
     def decode(self, rows: StepRows, sampled_S: torch.Tensor, kv: DeviceKVCache, kinds: StepKinds) -> torch.Tensor:

@@ -58,14 +58,25 @@ def step_union(kinds: Sequence[StepKinds]) -> StepKinds:
     return StepKinds(*(union([getattr(k, part) for k in kinds]) for part in ("layers", "embed", "head")))
 
 
-def few_ranks(kinds: StepKinds) -> StepKinds:
-    """Ranks rounded up to powers of two: kernels are compiled for each, and variants have all sorts."""
-    return StepKinds(*(_rounded(k) for k in (kinds.layers, kinds.embed, kinds.head)))
+def few_ranks(kinds: StepKinds, prepared: Sequence[StepKinds] = ()) -> StepKinds:
+    """Ranks rounded up to the next of those that are prepared for, else to powers of two: kernels are compiled for
+    each, and variants have all sorts."""
+    parts = ("layers", "embed", "head")
+    return StepKinds(*(_rounded(getattr(kinds, part), [getattr(k, part) for k in prepared]) for part in parts))
 
 
-def _rounded(kinds: Kinds) -> Kinds:
-    rank, byte_rank = (0 if rank == 0 else 1 << (rank - 1).bit_length() for rank in (kinds.rank, kinds.byte_rank))
-    return replace(kinds, rank=rank, byte_rank=byte_rank)
+def _rounded(kinds: Kinds, prepared: Sequence[Kinds]) -> Kinds:
+    return replace(
+        kinds,
+        rank=_next(kinds.rank, [k.rank for k in prepared]),
+        byte_rank=_next(kinds.byte_rank, [k.byte_rank for k in prepared]),
+    )
+
+
+def _next(rank: int, prepared: Sequence[int]) -> int:
+    if not rank:
+        return 0
+    return min((ready for ready in prepared if ready >= rank), default=1 << (rank - 1).bit_length())
 
 
 def single(kinds: StepKinds) -> StepKinds:
