@@ -81,9 +81,32 @@ def linear_table(results: Results) -> str:
     return _with_stamp(heads, rows, records)
 
 
+WAYS = ("specialised, 256", "specialised, 128", "specialised, 64", "fused", "split", "merge")
+
+
+def prompts_table(results: Results) -> str:
+    """A line for each case, of what was measured in one run; the last that has all WAYS counts."""
+    cases: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for r in results.latest("ops", ("kernel", "commit", "model", "op", "rows", "variants", "impl")):
+        if r["kernel"] == "prefill":
+            cases.setdefault((r["commit"], r["model"], r["op"], r["rows"], r["variants"]), {})[r["impl"]] = r
+    whole = {case[1:]: by_way for case, by_way in cases.items() if by_way.keys() >= {"chosen", *WAYS}}
+    rows = [
+        (*case, _cublas(of["chosen"]), *(f"{of[way]['us']:.1f}" for way in ("chosen", *WAYS)), of["chosen"]["of_base"])
+        for case, of in whole.items()
+    ]
+    heads = ("model", "linear", "rows", "variants", "base product, us", "chosen, us", *WAYS, "times the base product")
+    return _with_stamp(heads, rows, [of["chosen"] for of in whole.values()])
+
+
+def _cublas(record: Record) -> str:
+    return f"{record['peers_us']['cublas base']:.1f}"
+
+
 def others_table(results: Results) -> str:
     keys = ("kernel", "model", "op", "rows", "variants", "context", "impl", "way", "planes", "form")
-    records = [r for r in results.latest("ops", keys) if r["kernel"] != "linear" and "floor_us" in r]
+    apart = ("linear", "prefill")
+    records = [r for r in results.latest("ops", keys) if r["kernel"] not in apart and "floor_us" in r]
     heads = ("kernel", "model", "case", "us", "floor", "of the floor", "TFLOP/s", "peers, us (times ours)")
     named = ("op", "rows", "variants", "context", "impl", "way", "planes", "form")
     rows = [
@@ -190,6 +213,7 @@ def _gb(nbytes: float) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "decode": decode_table,
     "linears": linear_table,
+    "prompts": prompts_table,
     "kernels": others_table,
     "engine": engine_table,
     "serve": serve_table,
