@@ -11,7 +11,7 @@ import torch
 from bitdelta_core.engine import device_runner as device_runner_module
 from bitdelta_core.engine import rehearsal
 from bitdelta_core.engine.device_runner import DeviceRunner
-from bitdelta_core.models.device.kinds import StepKinds, step_union
+from bitdelta_core.models.device.kinds import StepKinds, few_ranks, step_union
 from bitdelta_core.models.device.passes import WideStep
 from kernels.delta_linear.row_tiles import row_tiles
 from kernels.device import Kinds
@@ -141,3 +141,10 @@ def test_ranks_of_a_step_are_those_that_a_start_has_met(monkeypatch: pytest.Monk
     world.ask("one", PROMPT, delta=A, max_tokens=1)
     world.run()
     assert {kinds.layers.byte_rank for kinds in met} == {256}
+
+
+@pytest.mark.parametrize(("rank", "prepared", "used"), [(0, [64], 0), (48, [], 64), (48, [256], 256), (16, [256], 16)])
+def test_ranks_are_rounded_up_to_what_is_near(rank: int, prepared: list[int], used: int) -> None:
+    known = [StepKinds(head=Kinds(byte_rank=ready), layers=Kinds(byte_rank=32)) for ready in prepared]
+    found = few_ranks(StepKinds(head=Kinds(byte_rank=rank, signs=True)), known)
+    assert found == StepKinds(head=Kinds(byte_rank=used, signs=True))

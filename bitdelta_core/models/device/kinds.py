@@ -16,6 +16,8 @@ MAX_RANK = 512
 """Of factors in the compute dtype"""
 MAX_BYTE_RANK = 4096
 """Of factors of bytes. x A^T of so many takes 16 KiB for a row and member"""
+_FAR = 4
+"""Times a rank, beyond which too many programs would be launched for nothing"""
 _NONE = Kinds()
 _ANY = Kinds(
     signs=True, columns=True, planes=MAX_PLANES, rank=MAX_RANK, dense=True, rows=True, compact=MAX_BITS,
@@ -59,7 +61,7 @@ def step_union(kinds: Sequence[StepKinds]) -> StepKinds:
 
 
 def few_ranks(kinds: StepKinds, prepared: Sequence[StepKinds] = ()) -> StepKinds:
-    """Ranks rounded up to the next of those that are prepared for, else to powers of two: kernels are compiled for
+    """Ranks rounded up to powers of two, or to the next that is prepared for if it is not far: kernels are compiled for
     each, and variants have all sorts."""
     parts = ("layers", "embed", "head")
     return StepKinds(*(_rounded(getattr(kinds, part), [getattr(k, part) for k in prepared]) for part in parts))
@@ -76,7 +78,8 @@ def _rounded(kinds: Kinds, prepared: Sequence[Kinds]) -> Kinds:
 def _next(rank: int, prepared: Sequence[int]) -> int:
     if not rank:
         return 0
-    return min((ready for ready in prepared if ready >= rank), default=1 << (rank - 1).bit_length())
+    power = 1 << (rank - 1).bit_length()
+    return min((ready for ready in prepared if power <= ready <= _FAR * power), default=power)
 
 
 def single(kinds: StepKinds) -> StepKinds:
