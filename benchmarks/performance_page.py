@@ -92,15 +92,14 @@ def prompts_table(results: Results) -> str:
             cases.setdefault((r["commit"], r["model"], r["op"], r["rows"], r["variants"]), {})[r["impl"]] = r
     whole = {case[1:]: by_way for case, by_way in cases.items() if by_way.keys() >= {"chosen", *WAYS}}
     rows = [
-        (*case, _cublas(of["chosen"]), *(f"{of[way]['us']:.1f}" for way in ("chosen", *WAYS)), of["chosen"]["of_base"])
+        (
+            *case, f"{of['chosen']['peers_us']['cublas base']:.1f}",
+            *(f"{of[way]['us']:.1f}" for way in ("chosen", *WAYS)), f"{of['chosen']['of_base']:.2f}",
+        )
         for case, of in whole.items()
-    ]
+    ]  # fmt: skip
     heads = ("model", "linear", "rows", "variants", "base product, us", "chosen, us", *WAYS, "times the base product")
     return _with_stamp(heads, rows, [of["chosen"] for of in whole.values()])
-
-
-def _cublas(record: Record) -> str:
-    return f"{record['peers_us']['cublas base']:.1f}"
 
 
 def others_table(results: Results) -> str:

@@ -6,7 +6,8 @@ whole, and embeddings of which few rows changed are stored as those rows. Where 
 is asked, factors are trained on them (`refine.py`): calibration text in their place lost answers where we looked.
 Memory: one matrix at a time, but calibration holds the model where there is room (else a layer: `streaming.py`),
 choosing scales holds it twice where there is room, and so does training (and 16 bytes for each value that it trains);
-OUT.stage holds the decompositions until the delta is done. On a GPU all of it but reading and writing happens there.
+OUT.stage holds the decompositions until the delta is done, and so does a GPU with room for twice as much, on which all
+but reading and writing happens.
 docs/fidelity.md has what this rests on.
 """
 

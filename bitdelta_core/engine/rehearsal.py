@@ -2,8 +2,9 @@
 
 What a linear is made of goes by the rows of a step, by how many variants they are of and by the longest of their
 segments; a head by the rows that have logits. These steps were chosen one by one, each time the one that met most of
-what random steps needed and none had met, over eight shapes of models and seven sets of deltas, with an H200's settings
-(docs/log.md). `tests/engine/test_rehearsal.py` counts what random steps need besides.
+what random steps needed and none had met, for several shapes of models and kinds of deltas and an H200's settings.
+`tests/engine/test_rehearsal.py` counts what random steps need besides; where that grows, because other kernels are
+chosen, `tests/engine/launch_harness.py` names steps to add.
 """
 
 from __future__ import annotations

@@ -22,12 +22,14 @@ from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.compile_harness import Chip
+
 Launches = set[tuple[str, str, str]]
-META, ROWS, SEQUENCES = torch.device("meta"), 2048, 64
+ARCH, META = 90, torch.device("meta")
+ROWS, SEQUENCES = 2048, 64
 
 
 class _Loader(SourceFileLoader):
@@ -50,24 +52,10 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-class _Driver:
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 90
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> str:
-        return "meta"
-
-
 def pretend() -> None:
     """Before anything of `kernels` is imported."""
     sys.meta_path.insert(0, _Finder())
-    driver.set_active(_Driver())  # pyright: ignore[reportArgumentType]
+    driver.set_active(Chip(ARCH))  # pyright: ignore[reportArgumentType]
     chip = SimpleNamespace(
         multi_processor_count=132,
         shared_memory_per_block_optin=227 * 1024,
@@ -94,7 +82,7 @@ def noting() -> Iterator[Launches]:
     run, found = JITFunction.run, Launches()
 
     def note(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **options: Any) -> None:
-        *_, bind = self.device_caches[90]
+        *_, bind = self.device_caches[ARCH]
         _, constants, used = bind(*args, debug=False, **options)
         found.add((self.__name__, str(constants), str(used)))
 
@@ -181,26 +169,31 @@ def some_lengths(draw: random.Random) -> list[int]:
             return lengths
 
 
-def counted(shape: str, names: Sequence[str], steps: int) -> dict[str, int]:
-    """How many kernels random steps need, and how many of these a start has not met."""
+def counted(shape: str, names: Sequence[str], steps: int) -> dict[str, Any]:
+    """How many kernels random steps need, how many of these a start has not met, and steps that need those: (rows of
+    each sequence, rows with logits), such as `rehearsal.STEPS` may need as well."""
     from bitdelta_core.models.device.kinds import few_ranks, step_union
 
     runner, decoder = runner_for(shape)
     expected, draw = [kinds_of(name) for name in names], random.Random(0)
+    needed, missing = Launches(), []
     with decoder.few_layers(), noting() as found:
         runner.launch_each(expected)
         started = set(found)
-        found.clear()
         for _ in range(steps):
+            found.clear()
             lengths, present = some_lengths(draw), draw.sample(expected, draw.randint(1, len(expected)))
             wanted = draw.choice((1, len(lengths), min(256, sum(lengths))))
             runner._launch_wide(lengths, wanted, few_ranks(step_union(present), runner._prepared))
-        needed = set(found)
+            if found - started - needed:
+                missing.append((lengths, wanted))
+            needed |= found
         found.clear()
         for prompt in ([ROWS], [200], [48], [8]):
             runner._launch_wide(prompt, 1, few_ranks(step_union(expected)))
         alone = set(found)
-    return {"needed": len(needed), "missed": len(needed - started), "not_of_one_prompt": len(needed - alone)}
+    counts = {"needed": len(needed), "missed": len(needed - started), "not_of_one_prompt": len(needed - alone)}
+    return {**counts, "missed_by": missing}
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Compiled:
     """Which elements each lane holds where inline assembly multiplies matrices, or lanes trade words"""
 
 
-class _Chip:
+class Chip:
     """As much of a Triton driver as compiling asks for."""
 
     def __init__(self, arch: int) -> None:
@@ -89,7 +89,7 @@ def recording(arch: int) -> Iterator[list[Any]]:
         found.append(run(self, *args, **{**kwargs, "warmup": True}))
 
     JITFunction.run = compile_only
-    driver.set_active(_Chip(arch))  # pyright: ignore[reportArgumentType]
+    driver.set_active(Chip(arch))  # pyright: ignore[reportArgumentType]
     try:
         yield found
     finally:
