@@ -18,12 +18,12 @@ import json, threading
 from triton import knobs
 from triton.runtime import driver
 from kernels.compiling import together
-from tests.kernels.compile_harness import _Chip, cases, recording
+from tests.kernels.compile_harness import Chip, cases, recording
 
 threads = []
 knobs.compilation.listener = lambda **_: threads.append(threading.current_thread().name)
 chosen = [case for case in cases(90) if case.name in CASES]
-driver.set_active(_Chip(90))
+driver.set_active(Chip(90))
 with together(2):
     for case in chosen * 2:
         case.launch()
